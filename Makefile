@@ -1,0 +1,62 @@
+# Needs only Python 3.10+, pip and make. `make demo` and `make test` share one environment, .venv.
+PYTHON ?= python3
+# Extra arguments for pip, e.g. PIP_ARGS="--index-url ..." to take torch from another index.
+PIP_ARGS ?=
+# Where the demo writes, and what it adds to `pyro-sam compare digits`.
+OUT ?= results/digits
+DEMO_ARGS ?=
+# What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.pyro-sam-installed
+
+.PHONY: help setup demo test lint dist clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   compare the methods on the digits data set (results in $(OUT))"
+	@echo "make test   run the whole suite: tests, README, tutorials"
+	@echo "make lint   ruff and mypy"
+	@echo "make dist   build the wheel and the sdist, and look into both"
+	@echo "make clean  remove what the commands above made, $(VENV) included"
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@echo "== creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyro_sam needs Python 3.10 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes in first and alone: the pinned build decides what everything after it resolves to.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing pyro_sam and its bench and test extras into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test]"
+	@touch $@
+
+demo: $(STAMP)
+	@echo "== comparing the methods on digits; results in $(OUT)"
+	@$(BIN)/pyro-sam compare digits --out $(OUT) $(DEMO_ARGS)
+
+test: $(STAMP)
+	@echo "== running the tests, the README's examples and the tutorials"
+	@$(BIN)/python -m pytest tests README.md tutorials --nbmake $(TEST_ARGS)
+
+lint: $(STAMP)
+	@echo "== checking style and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+dist: $(STAMP)
+	@echo "== building the wheel and the sdist"
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist . > /dev/null
+	@$(BIN)/python -m zipfile -l dist/*.whl | grep -q pyro_sam/py.typed
+	@$(BIN)/python -m tarfile -l dist/*.tar.gz | grep -q pyro_sam/py.typed
+	@ls dist
+
+clean:
+	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

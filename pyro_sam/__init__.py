@@ -1,0 +1,30 @@
+"""Sharpness-aware variational inference for Pyro: an ELBO whose random sample is replaced by a chosen perturbation."""
+
+from pyro_sam.elbo import SAM_ELBO
+from pyro_sam.guide import MeanFieldNormal
+from pyro_sam.perturbation import (
+    Adversarial,
+    AscendedSample,
+    Gaussian,
+    Mean,
+    MixSAM,
+    Mixture,
+    NoiseSpace,
+    Perturbation,
+)
+from pyro_sam.predict import Prediction, predict
+
+__all__ = [
+    "SAM_ELBO",
+    "Adversarial",
+    "AscendedSample",
+    "Gaussian",
+    "Mean",
+    "MeanFieldNormal",
+    "MixSAM",
+    "Mixture",
+    "NoiseSpace",
+    "Perturbation",
+    "Prediction",
+    "predict",
+]

@@ -1,0 +1,47 @@
+"""Keep the buffers of every module that runs, such as BatchNorm's running statistics, as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@contextmanager
+def kept_buffers(*, on_error_only: bool = False) -> Iterator[None]:
+    """Undo what the body does to the buffers of the modules that it calls.
+
+    Modules are found as they are called, so a model may be any function, with modules anywhere in it.
+
+    Args:
+        on_error_only: Keep the body's changes unless it raises.
+    """
+    before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor, int]] = {}
+
+    def save(module: nn.Module, args: Any) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (module, name) not in before:
+                before[module, name] = (buffer, buffer.detach().clone(), buffer._version)
+
+    hook = register_module_forward_pre_hook(save)
+    try:
+        yield
+    except BaseException:
+        _restore(before)
+        raise
+    else:
+        if not on_error_only:
+            _restore(before)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _restore(before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor, int]]) -> None:
+    for (module, name), (buffer, value, version) in before.items():
+        # an untouched buffer is not written: that would break graphs that saved it
+        if buffer._version != version:
+            buffer.copy_(value)
+        module._buffers[name] = buffer

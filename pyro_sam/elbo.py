@@ -1,0 +1,253 @@
+r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen noise.
+
+.. math:: \mathrm{loss} = E_q[-\log p(x \mid w)] \Big|_{w = T(e)} + \mathrm{kl\_weight} \cdot KL(q \Vert p)
+
+The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any, Literal
+
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from pyro_sam.buffers import kept_buffers
+from pyro_sam.loss import data_loss, kl_loss
+from pyro_sam.perturbation import Adversarial, Gaussian, Perturbation
+from pyro_sam.step import SCOPES, GuideRun, Scope, Step
+from pyro_sam.structure import Pair, Structures, dependence, signature, validate
+from pyro_sam.validation import non_negative
+
+ScaleGradient = Literal["perturbed", "mean"]
+
+
+class SAM_ELBO(ELBO):
+    r"""ELBO estimator whose noise comes from a law of :mod:`pyro_sam.perturbation` instead of a random draw.
+
+    It takes the place of :class:`pyro.infer.TraceMeanField_ELBO` in :class:`pyro.infer.SVI`, and with
+    :class:`~pyro_sam.Gaussian` it is that estimator. Called with a model and a guide it returns Pyro's ``ELBOModule``
+    for any ``torch.optim`` optimiser.
+
+    The KL is in closed form where torch knows it. Otherwise, and for priors whose parameters depend on perturbed
+    latents, it is estimated at a Gaussian sample of the guide; that costs a run of the guide, and of the model
+    without gradient of the likelihood where such priors are.
+
+    Args:
+        perturbation: Law of the noise.
+        kl_weight: Weight of the KL, non-negative. 1 is the ELBO.
+        scale_gradient: ``"perturbed"`` takes the gradient of scale at the perturbed point, ``g(w) * e``; ``"mean"`` at
+            the mean, ``g(loc) * e`` (laws that ascend from the mean only).
+        scope: What one norm of the noise runs over: ``"global"`` all perturbed sites of a particle, ``"site"`` each
+            site, ``"event"`` each batch element of a site (local latents of a data plate). A law's ``rho`` is then per
+            site or per element.
+        hide: Names of guide sites, or a predicate on names, that are left at their own random sample.
+        num_particles: Number of independent noises that the loss averages over.
+        vectorize_particles: Whether to run all particles at once, in a plate left of all others.
+        max_plate_nesting: Largest number of nested plates, as in :class:`pyro.infer.ELBO`; found by a trial run
+            if infinite and needed.
+        retain_graph: Passed on to ``backward``.
+    Raises:
+        ValueError: If an argument is out of its range.
+    References:
+        Ujváry et al. (2022), "Rethinking Sharpness-Aware Minimization as Variational Inference", arXiv:2210.10452.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation | None = None,
+        *,
+        kl_weight: float = 1.0,
+        scale_gradient: ScaleGradient = "perturbed",
+        scope: Scope = "global",
+        hide: Collection[str] | Callable[[str], bool] = (),
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = float("inf"),
+        retain_graph: bool | None = None,
+    ) -> None:
+        perturbation = Adversarial() if perturbation is None else perturbation
+        if not isinstance(perturbation, Perturbation):
+            raise ValueError(
+                f"perturbation must be a Perturbation such as Adversarial(rho=1.0), got {perturbation!r} "
+                f"of type {type(perturbation).__name__}."
+            )
+        if scale_gradient not in ("perturbed", "mean"):
+            raise ValueError(f"scale_gradient must be 'perturbed' or 'mean', got scale_gradient={scale_gradient!r}.")
+        if scale_gradient == "mean" and not perturbation.ascends_from_mean:
+            raise ValueError(
+                f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
+                "use Adversarial or MixSAM, or scale_gradient='perturbed'."
+            )
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got scope={scope!r}.")
+        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(
+                f"num_particles must be a whole number of at least 1, got num_particles={num_particles!r}."
+            )
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            retain_graph=retain_graph,
+        )
+        self.perturbation = perturbation
+        self.kl_weight = non_negative("kl_weight", kl_weight)
+        self.scale_gradient = scale_gradient
+        self.scope = scope
+        self.hide: Callable[[str], bool] | frozenset[str] = hide if callable(hide) else _names(hide)
+        self._structures = Structures()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings; what was found out about models stays behind."""
+        return {**self.__dict__, "_structures": Structures()}
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Return an estimate of minus the ELBO at Gaussian samples, whatever the perturbation and ``kl_weight``.
+
+        It is the number to compare methods by.
+        """
+        total: Tensor | float = 0.0
+        for step, pair in self._steps(Gaussian(), model, guide, args, kwargs):
+            total = total + self._particle(step, pair, Gaussian(), kl_weight=1.0) / self.num_particles
+        return _number(total)
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
+        total: Any = 0.0
+        for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
+            total = total + self._particle(step, pair, self.perturbation, self.kl_weight) / self.num_particles
+        return total
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
+        total: Tensor | float = 0.0
+        for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
+            particle = self._particle(step, pair, self.perturbation, self.kl_weight) / self.num_particles
+            if isinstance(particle, Tensor) and particle.requires_grad:
+                particle.backward(retain_graph=self.retain_graph)
+                particle = particle.detach()
+            total = total + particle
+        return _number(total)
+
+    def _particle(self, step: Step, pair: Pair, law: Perturbation, kl_weight: float) -> Tensor | float:
+        """Return the summed loss of one particle, or of all vectorised ones."""
+        e = law.noise(step).detach()
+        at_mean = self.scale_gradient == "mean" and law is self.perturbation
+        ordinary = isinstance(law, Gaussian)
+        # the first time, the run keeps the noise in its graph to see whether the KL depends on it
+        run, model = step.final_run(e, tracked=not ordinary and not pair.dependence, detach_scale=at_mean)
+        loss = data_loss(model)
+        if at_mean:
+            loss = loss + _scale_gradient_at_mean(run, step.mean_gradients)
+        if kl_weight == 0:
+            return loss
+        kl = kl_loss(run.trace, model) if ordinary else self._kl(step, pair, e, run, model)
+        return loss + kl_weight * kl
+
+    def _kl(self, step: Step, pair: Pair, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
+        key = signature(run.trace, model)
+        if key not in pair.dependence:
+            tracked, its_model = (run, model) if run.tracked else step.trial_run(e)
+            noise = [site.noise for site in tracked.sites.values()]
+            pair.dependence[key] = dependence(tracked.trace, its_model, noise)
+        sees_noise = pair.dependence[key]
+        if not sees_noise.kl:
+            return kl_loss(run.trace, model)
+        run, model_there = step.gaussian_run(with_model=sees_noise.prior)
+        return kl_loss(run.trace, model if model_there is None else model_there)
+
+    def _inspect(self, pair: Pair, run: GuideRun, model: Trace) -> None:
+        key = signature(run.trace, model)
+        if key in pair.valid:
+            return
+        self._check_hide(run)
+        validate(run.trace, model, self.max_plate_nesting)
+        pair.valid.add(key)
+
+    def _is_hidden(self, name: str) -> bool:
+        return self.hide(name) if callable(self.hide) else name in self.hide
+
+    def _check_hide(self, run: GuideRun) -> None:
+        if callable(self.hide):
+            return
+        unknown = [name for name in sorted(self.hide) if name not in run.trace.nodes]
+        if unknown:
+            there = [*run.sites, *(name for name in run.unperturbed if name in self.hide)]
+            raise ValueError(
+                f"hide must name sites of the guide, got {', '.join(unknown)}; its Gaussian sites are "
+                f"{', '.join(there)}."
+            )
+
+    def _get_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, Trace]:
+        """Return the traces of model and guide at the chosen noise; Pyro's abstract hook."""
+        step, _ = next(iter(self._steps(self.perturbation, model, guide, args, kwargs)))
+        run, trace = step.final_run(self.perturbation.noise(step), tracked=False, detach_scale=False)
+        return trace, run.trace
+
+    def _steps(
+        self,
+        law: Perturbation,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Iterator[tuple[Step, Pair]]:
+        if isinstance(poutine.unwrap(guide), Messenger):
+            raise ValueError(
+                f"guide {type(poutine.unwrap(guide)).__name__} is an effect handler, which cannot be run at a chosen "
+                "noise; use a guide that is called on its own, such as MeanFieldNormal."
+            )
+        pair = self._structures.of(model, guide)
+        count, together = self.num_particles, 1
+        if self.vectorize_particles and self.num_particles > 1:
+            if self.max_plate_nesting == float("inf"):
+                with kept_buffers():
+                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+            model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
+            count, together = 1, self.num_particles
+        for _ in range(count):
+            yield (
+                Step(
+                    model,
+                    guide,
+                    args,
+                    kwargs,
+                    num_particles=together,
+                    law=law,
+                    hidden=self._is_hidden,
+                    scope=self.scope,
+                    inspect=partial(self._inspect, pair),
+                ),
+                pair,
+            )
+
+
+def _names(names: Collection[str]) -> frozenset[str]:
+    if isinstance(names, str):  # one name, not its letters
+        return frozenset([names])
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"hide must be a collection of site names or a predicate on names, got hide={names!r}.")
+    return frozenset(names)
+
+
+def _number(loss: Tensor | float) -> float:
+    number: Any = torch_item(loss)  # the step's one wait for the device
+    warn_if_nan(number, "loss")
+    return float(number)
+
+
+def _scale_gradient_at_mean(run: GuideRun, mean_gradients: dict[str, Tensor]) -> Tensor | float:
+    """Return zero, with the gradient ``g(loc) * e`` to scale."""
+    terms = [(mean_gradients[name] * site.displacement).sum() for name, site in run.sites.items() if mean_gradients]
+    linear: Any = sum(terms)
+    return linear - linear.detach() if isinstance(linear, Tensor) else 0.0

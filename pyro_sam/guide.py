@@ -1,0 +1,169 @@
+r"""The mean-field Normal guide, with plain Normal sites so that the KL is in closed form."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import Transform
+from pyro.infer.autoguide import AutoNormal, init_to_feasible
+from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn.module import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
+
+from pyro_sam.buffers import kept_buffers
+
+
+def init_to_value_or_feasible(site: Any = None) -> Any:
+    """Start a site at the value that the model proposes in ``infer["init_value"]``, else as ``init_to_feasible``.
+
+    :class:`~pyro_sam.BayesianModule` proposes the network's own weights.
+    """
+    if site is None:
+        return init_to_value_or_feasible
+    value = (site["infer"] or {}).get("init_value")
+    return init_to_feasible(site) if value is None else value.detach().clone()
+
+
+class MeanFieldNormal(AutoNormal):
+    r"""Mean-field Normal guide :math:`w = \mathrm{loc} + \mathrm{scale} \odot e` for all latents of a model.
+
+    A latent with real support gets a plain Normal at its own name, so its KL has a closed form under a Gaussian prior;
+    :class:`pyro.infer.autoguide.AutoNormal` samples an auxiliary site and a Delta, whose KL is estimated. A constrained
+    latent gets the Normal pushed forward through Pyro's bijection to its support; loc and scale are then those of the
+    unconstrained value.
+
+    Parameters are stored per latent, as ``locs.NAME`` and ``scales.NAME`` (softplus of what the optimiser moves).
+
+    Args:
+        model: Pyro model.
+        init_loc_fn: Pyro initialisation of the locs per site; by default the weights of a
+            :class:`~pyro_sam.BayesianModule`, and a feasible point elsewhere.
+        init_scale: Initial standard deviation in unconstrained units: a positive number, or a callable from the site
+            (Pyro's message: ``site["name"]``, ``site["fn"]``, ``site["value"]``) to a number or a tensor that
+            broadcasts to the site's loc.
+        learn_scale: Whether scale is a parameter; otherwise it stays at ``init_scale``, as a buffer.
+        create_plates: Called with the model's arguments, returns the plates to use for subsampled local latents.
+    Raises:
+        ValueError: If ``init_scale`` is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_value_or_feasible,
+        init_scale: float | Callable[[Any], float | Tensor] = 0.1,
+        learn_scale: bool = True,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates)
+        if not callable(init_scale):
+            _check_init_scale(init_scale, "")
+        self.init_scale = init_scale
+        self.learn_scale = learn_scale
+
+    def initialize(self, *args: Any, **kwargs: Any) -> "MeanFieldNormal":
+        """Create the parameters, with the model's arguments, before the first step; a second call does nothing.
+
+        Returns:
+            The guide.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with kept_buffers():
+            super()._setup_prototype(*args, **kwargs)
+        self._transforms: dict[str, Transform | None] = {}
+        locs = {name: self._get_loc_and_scale(name)[0].detach() for name in self._event_dims}
+        self.scales = PyroModule()
+        for name, site in self._prototype_sites():
+            self._transforms[name] = _simplify(biject_to(site["fn"].support))
+            self._set_scale(name, self._initial_scale(site, locs[name]))
+
+    def _prototype_sites(self) -> Iterator[tuple[str, Any]]:
+        trace: Any = self.prototype_trace
+        return trace.iter_stochastic_nodes()
+
+    def _initial_scale(self, site: Any, loc: Tensor) -> Tensor:
+        scale = self.init_scale(site) if callable(self.init_scale) else self.init_scale
+        where = f" at site '{site['name']}'"
+        if not isinstance(scale, Tensor):
+            _check_init_scale(scale, where)
+            return torch.full_like(loc, scale)
+        try:
+            return scale.detach().to(loc).expand_as(loc).clone()
+        except RuntimeError as error:
+            raise ValueError(
+                f"init_scale must broadcast to the loc's shape {tuple(loc.shape)}{where}, got shape "
+                f"{tuple(scale.shape)}."
+            ) from error
+
+    def _set_scale(self, name: str, scale: Tensor) -> None:
+        if self.learn_scale:
+            deep_setattr(self.scales, name, PyroParam(scale, self.scale_constraint, self._event_dims[name]))
+            return
+        path, _, leaf = name.rpartition(".")
+        deep_setattr(self.scales, name, None)  # makes the modules on the way
+        owner = attrgetter(path)(self.scales) if path else self.scales
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, scale)
+
+    def _posterior(self, name: str) -> Any:
+        loc, scale = self._get_loc_and_scale(name)
+        event_dim, transform = self._event_dims[name], self._transforms[name]
+        if not self.learn_scale:
+            scale = pyro.subsample(scale, event_dim)
+        normal = dist.Normal(loc, scale)
+        if transform is None:
+            return normal.to_event(event_dim)
+        outer = 0
+        if isinstance(transform, IndependentTransform):
+            # Independent outside, as the prior has it: then torch knows the KL to a LogNormal prior, say
+            outer, transform = transform.reinterpreted_batch_ndims, transform.base_transform
+        # cached, so that log q needs no inverse
+        pushed = dist.TransformedDistribution(normal.to_event(event_dim - outer), [transform.with_cache()])
+        return pushed.to_event(outer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent.
+
+        Returns:
+            Sampled values by site name.
+        """
+        self.initialize(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for name, site in self._prototype_sites():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        stack.enter_context(plates[frame.name])
+                result[name] = pyro.sample(name, self._posterior(name))
+        return result
+
+
+def _check_init_scale(scale: Any, where: str) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"init_scale must be a positive finite number{where}, got init_scale={scale!r}.")
+
+
+def _simplify(transform: Transform) -> Transform | None:
+    """Drop identities, None if nothing is left: torch's bijection to (0, inf) is ``1 * exp(x) + 0``."""
+    if isinstance(transform, IndependentTransform):
+        base = _simplify(transform.base_transform)
+        return None if base is None else IndependentTransform(base, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, ComposeTransform):
+        parts = [part for part in map(_simplify, transform.parts) if part is not None]
+        return ComposeTransform(parts) if len(parts) > 1 else next(iter(parts), None)
+    if isinstance(transform, AffineTransform) and not isinstance(transform.loc, Tensor):
+        return None if (transform.loc, transform.scale) == (0, 1) else transform
+    return transform

@@ -1,0 +1,75 @@
+r"""The two terms of the loss: :math:`E_q[-\log p(x \mid w)]` at a run's values, and :math:`KL(q \Vert p)`."""
+
+from typing import Any
+
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_sam.noise import unwrap
+
+
+def data_loss(model: Trace) -> Tensor | float:
+    """Return minus the sum of the log probabilities of observed sites and factors, scaled and masked."""
+    return -model.log_prob_sum(lambda name, site: site["is_observed"])
+
+
+def latent_sites(trace: Trace) -> dict[str, Any]:
+    """Return the latent sample sites of a trace."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def kl_loss(guide: Trace, model: Trace) -> Tensor | float:
+    r"""Return the KL of the guide from the prior, scaled and masked.
+
+    Closed form, scaled and masked as the guide's site is, where :func:`torch.distributions.kl_divergence` knows it;
+    otherwise the estimate :math:`\log q(w) - \log p(w)` at the guide run's values. Auxiliary guide sites add
+    :math:`\log q`. A Delta is always estimated: its closed form in Pyro leaves out its ``log_density``.
+
+    Args:
+        guide: Trace of the guide.
+        model: Trace of the model; only its distributions are read, not its values.
+    """
+    latents = latent_sites(model)
+    kl: Tensor | float = 0.0
+    for name, prior in latents.items():
+        site = guide.nodes[name]
+        exact = _closed_form(site, prior)
+        if exact is None:
+            exact = _log_prob(site, site["value"]) - _log_prob(prior, site["value"])
+        kl = kl + exact
+    for name, site in guide.nodes.items():
+        if site["type"] == "sample" and name not in model.nodes and not site_is_subsample(site):
+            kl = kl + _log_prob(site, site["value"])
+    return kl
+
+
+def prior_log_prob(guide: Trace, model: Trace) -> Tensor | float:
+    """Return the log prior at detached values: it depends on the noise only where a prior's parameters do."""
+    values: dict[str, Any] = {name: guide.nodes[name]["value"] for name in latent_sites(model)}
+    return sum((_log_prob(model.nodes[name], value.detach()) for name, value in values.items()), start=0.0)
+
+
+def _closed_form(guide_site: Any, model_site: Any) -> Tensor | float | None:
+    if isinstance(unwrap(guide_site["fn"]), Delta):
+        return None
+    try:
+        kl = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        return None
+    if isinstance(kl, Tensor):
+        return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
+    # a bool mask of False gives the number 0
+    return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]) * guide_site["fn"].batch_shape.numel()
+
+
+def _log_prob(site: Any, value: Any) -> Tensor | float:
+    log_prob = site["fn"].log_prob(value, *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()

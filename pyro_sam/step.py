@@ -1,0 +1,231 @@
+r"""The passes of one step: guide and model run at a chosen noise, and every pass but the last leaves no trace.
+
+All passes of a step share the minibatch, the dropout masks and the samples of unperturbed sites: a later pass rewinds
+the random stream to where the first one began.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_sam.buffers import kept_buffers
+from pyro_sam.loss import data_loss
+from pyro_sam.noise import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, standard_normal, zero_noise
+from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
+from pyro_sam.rng import RandomState, rewound
+
+Scope = Literal["global", "site", "event"]
+SCOPES: tuple[str, ...] = ("global", "site", "event")
+
+
+@dataclass(frozen=True)
+class GuideRun:
+    """A guide's trace, the sites where noise was placed (in order), and why the others were left alone."""
+
+    trace: Trace
+    sites: dict[str, NoiseSite]
+    unperturbed: dict[str, str]
+    tracked: bool
+
+
+class Step(NoiseSpace):
+    """One step of one particle, or of one batch of vectorised particles: its passes, and its noise space.
+
+    Args:
+        model: Called with ``args`` and ``kwargs``; inside its particle plate where particles are vectorised.
+        guide: Likewise.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        num_particles: Number of vectorised particles.
+        law: The law that will choose the noise.
+        hidden: Tells from its name whether a guide site is left at its own random sample.
+        scope: What one norm runs over.
+        inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        num_particles: int,
+        law: Perturbation,
+        hidden: Callable[[str], bool],
+        scope: Scope,
+        inspect: Callable[[GuideRun, Trace], None],
+    ) -> None:
+        super().__init__(num_particles)
+        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
+        self._hidden, self._scope, self._inspect = hidden, scope, inspect
+        self._many_passes = not isinstance(law, Gaussian)
+        self._ascends = law.uses_gradient
+        self._held: dict[str, Tensor] = {}
+        self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
+        self._guide_start: RandomState | None = None
+        self._model_start: RandomState | None = None
+        self._sites: dict[str, NoiseSite] = {}
+        self._first: tuple[Tensor, GuideRun] | None = None  # the first guide run, until a pass uses it
+        self._mean: Tensor | None = None
+        self._gaussian: Tensor | None = None
+        self.mean_gradients: dict[str, Tensor] = {}
+
+    # What a law asks for
+
+    def zeros(self) -> Tensor:
+        """Return the noise of the guide's mean."""
+        if self._mean is None:
+            self._mean = self._draw(lambda name, core: zero_noise(core))
+        return self._mean
+
+    def gaussian(self) -> Tensor:
+        """Draw standard normal noise; where it comes first, in the guide's own order of random numbers."""
+        self._gaussian = self._draw(lambda name, core: standard_normal(core))
+        return self._gaussian
+
+    def gradient(self, e: Tensor) -> Tensor:
+        """Return the data term's gradient at noise ``e``; only the random stream can tell that it ran."""
+        with torch.enable_grad(), kept_buffers():
+            run = self._guide_run(e, tracked=True)
+            loss = data_loss(self._model_run(run))
+            noises = {name: site.noise for name, site in run.sites.items()}
+            samples = {name: site.sample for name, site in run.sites.items()} if e is self._mean else {}
+            gradients = _gradients(loss, [*noises.values(), *samples.values()])
+        if samples:
+            self.mean_gradients = dict(zip(samples, gradients[len(noises) :], strict=True))
+        return self._flatten(gradients[: len(noises)])
+
+    def loc_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Return the means and standard deviations, which only diagonal sites have."""
+        locs, scales = [], []
+        for name, site in self._sites.items():
+            if site.scale is None:
+                raise ValueError(
+                    f"guide site '{name}' has a full covariance; geometry='euclidean', 'adaptive' and 'fisher' need "
+                    "diagonal Normal sites. Use geometry='posterior', or a mean-field guide."
+                )
+            locs.append(site.loc.expand(site.noise.shape))
+            scales.append(site.scale)
+        return self._flatten(locs), self._flatten(scales)
+
+    def groups(self, e: Tensor) -> list[Tensor]:
+        """Split noise into the groups that share a norm, each ``(P, number of groups, scalars per group)``."""
+        if self._scope == "global":
+            return [e.unsqueeze(1)]
+        sizes = [site.group_size if self._scope == "event" else part.shape[-1] for site, part in self._parts(e)]
+        return [part.unflatten(-1, (-1, size)) for size, (_, part) in zip(sizes, self._parts(e), strict=True)]
+
+    def join(self, groups: Sequence[Tensor]) -> Tensor:
+        """Undo :meth:`groups`."""
+        return torch.cat([group.flatten(1) for group in groups], -1)
+
+    # What the estimator asks for
+
+    def final_run(self, e: Tensor, *, tracked: bool, detach_scale: bool) -> tuple[GuideRun, Trace]:
+        """Run guide and model at the chosen noise, for good: buffers keep what the model writes, unless it raises.
+
+        Args:
+            e: Chosen noise.
+            tracked: Whether the noise is a leaf of the graph, to see what depends on it.
+            detach_scale: Whether the model's values have no gradient to the guide's scale.
+        """
+        run = self._guide_run(e, tracked=tracked, detach_scale=detach_scale)
+        with kept_buffers(on_error_only=True):
+            return run, self._model_run(run)
+
+    def trial_run(self, e: Tensor) -> tuple[GuideRun, Trace]:
+        """Run guide and model once more with the noise as leaves of the graph, to see what depends on it."""
+        with torch.enable_grad(), kept_buffers():
+            run = self._guide_run(e, tracked=True)
+            return run, self._model_run(run)
+
+    def gaussian_run(self, *, with_model: bool) -> tuple[GuideRun, Trace | None]:
+        """Run the guide, and on demand the model, at Gaussian noise: the law's own draw if it made one."""
+        e = self.gaussian() if self._gaussian is None else self._gaussian
+        with kept_buffers():
+            run = self._guide_run(e, tracked=False)
+            return run, self._model_run(run) if with_model else None
+
+    # Passes
+
+    def _draw(self, noise: Callable[[str, CoreNormal], Tensor]) -> Tensor:
+        """Return the noise of all sites, flat; the first draw finds the sites by running the guide."""
+        if self._first is None and not self._sites:
+            with torch.enable_grad() if self._ascends else nullcontext():
+                run = self._run_guide(noise, tracked=self._ascends, detach_scale=False)
+            if not run.sites and self._many_passes:
+                raise ValueError(_no_gaussian_site(run.unperturbed))
+            self._sites = run.sites
+            self._first = self._flatten([site.noise for site in run.sites.values()]), run
+            return self._first[0]
+        return self._flatten([noise(name, site.core) for name, site in self._sites.items()])
+
+    def _guide_run(self, e: Tensor, *, tracked: bool, detach_scale: bool = False) -> GuideRun:
+        if self._first is not None and self._first[0] is e and self._first[1].tracked == tracked and not detach_scale:
+            run, self._first = self._first[1], None
+            return run
+        parts = {
+            name: part.reshape(site.noise.shape).to(site.noise.device, site.noise.dtype)
+            for name, (site, part) in zip(self._sites, self._parts(e), strict=True)
+        }
+        return self._run_guide(lambda name, core: parts[name], tracked=tracked, detach_scale=detach_scale)
+
+    def _run_guide(self, noise: Callable[[str, CoreNormal], Tensor], *, tracked: bool, detach_scale: bool) -> GuideRun:
+        def leaf(name: str, core: CoreNormal) -> Tensor:
+            return noise(name, core).detach().requires_grad_(tracked)
+
+        handler = NoiseMessenger(leaf, self._hidden, self._held, self._bookmarks, detach_scale)
+        self._guide_start, stream = self._stream(self._guide_start)
+        with stream, handler:
+            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+        return GuideRun(trace, handler.sites, handler.unperturbed, tracked)
+
+    def _model_run(self, run: GuideRun) -> Trace:
+        self._model_start, stream = self._stream(self._model_start)
+        with stream, ReplayMessenger(run.trace.nodes, self._held):
+            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+        self._inspect(run, trace)
+        return trace
+
+    def _stream(self, start: RandomState | None) -> tuple[RandomState | None, AbstractContextManager[None]]:
+        if start is not None:
+            return start, rewound(start)
+        return (RandomState.capture() if self._many_passes else None), nullcontext()
+
+    # Flat noise
+
+    def _parts(self, e: Tensor) -> list[tuple[NoiseSite, Tensor]]:
+        sites = list(self._sites.values())
+        sizes = [site.noise.numel() // self.num_particles for site in sites]
+        return list(zip(sites, e.split(sizes, -1), strict=True))
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not tensors:
+            return torch.zeros(self.num_particles, 0)
+        dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+        device = tensors[0].device
+        return torch.cat([tensor.detach().reshape(self.num_particles, -1).to(device, dtype) for tensor in tensors], -1)
+
+
+def _no_gaussian_site(unperturbed: dict[str, str]) -> str:
+    reasons = "; ".join(f"'{name}': {reason}" for name, reason in unperturbed.items()) or "it has no latent site at all"
+    return (
+        f"the guide has no Gaussian site to perturb ({reasons}). Use MeanFieldNormal or another guide with "
+        "reparameterised Normal sites, or perturbation=Gaussian()."
+    )
+
+
+def _gradients(loss: Tensor | float, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of ``loss``, zero where it does not depend on an input."""
+    if not inputs or not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]

@@ -1,0 +1,110 @@
+"""What is found out once about a model and a guide: that they fit together, and what in the KL depends on the noise."""
+
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+
+from pyro_sam.loss import kl_loss, latent_sites, prior_log_prob
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """Whether the KL, and the parameters of the priors, depend on the noise of the guide's sites."""
+
+    kl: bool
+    prior: bool
+
+
+@dataclass
+class Pair:
+    """What is known of one model and one guide, by :func:`signature`. It keeps both alive, so that ids stay theirs."""
+
+    model: Any
+    guide: Any
+    valid: set[Hashable] = field(default_factory=set)
+    dependence: dict[Hashable, Dependence] = field(default_factory=dict)
+
+
+class Structures:
+    """The pairs of model and guide that an estimator has met lately."""
+
+    LIMIT = 8
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[int, int], Pair] = {}
+
+    def of(self, model: Callable[..., Any], guide: Callable[..., Any]) -> Pair:
+        """Return what is known of ``model`` and ``guide``."""
+        key = id(model), id(guide)
+        if key not in self._pairs:
+            if len(self._pairs) >= self.LIMIT:
+                del self._pairs[next(iter(self._pairs))]
+            self._pairs[key] = Pair(model, guide)
+        return self._pairs[key]
+
+
+def signature(guide: Trace, model: Trace) -> Hashable:
+    """Return what must change for a new look at a pair: sites, their distributions' kinds and shapes, and plates."""
+    return tuple(
+        (name, site["is_observed"], _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
+        for trace in (guide, model)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
+    )
+
+
+def _kind(fn: Any) -> Hashable:
+    kinds = [(type(fn), fn.event_shape)]
+    while (fn := getattr(fn, "base_dist", None)) is not None:
+        kinds.append((type(fn), fn.event_shape))
+    return tuple(kinds)
+
+
+def validate(guide: Trace, model: Trace, max_plate_nesting: float) -> None:
+    """Check that sites and shapes of guide and model match, by Pyro's own rules.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if not is_validation_enabled():
+        return
+    nesting: Any = max_plate_nesting  # Pyro's annotation forgets infinity
+    check_model_guide_match(model, guide, nesting)
+    _warn_of_order(guide, model)
+    for trace in map(prune_subsample_sites, (guide, model)):
+        trace.compute_log_prob()
+        for site in trace.nodes.values():
+            if site["type"] == "sample":
+                check_site_shape(site, nesting)
+
+
+def _warn_of_order(guide: Trace, model: Trace) -> None:
+    latents = latent_sites(model)
+    in_guide = [name for name in guide.nodes if name in latents]
+    if in_guide != list(latents):
+        warnings.warn(
+            f"The guide samples its sites in the order {in_guide}, the model in the order {list(latents)}. A closed "
+            "form KL is right only if a site's parents in the model are not its descendants in the guide; use the "
+            "model's order in the guide to be sure.",
+            stacklevel=2,
+        )
+
+
+def dependence(guide: Trace, model: Trace, noise: list[Tensor]) -> Dependence:
+    """Find out from the graph of a run with the noise as its leaves."""
+    return Dependence(kl=_reaches(kl_loss(guide, model), noise), prior=_reaches(prior_log_prob(guide, model), noise))
+
+
+def _reaches(value: Tensor | float, noise: list[Tensor]) -> bool:
+    if not noise or not isinstance(value, Tensor) or not value.requires_grad:
+        return False
+    gradients = torch.autograd.grad(value, noise, retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)

@@ -1,0 +1,197 @@
+"""The command line's words, turned into checked values."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pyro_sam.study.catalogue import CATALOGUE
+from pyro_sam.study.settings import Settings
+
+_DEFAULTS = Settings()
+# the paper's methods; `map` is there for the asking
+DEFAULT_METHODS = ("mfvi", "sam", "random-sam", "variational-sam", "mix-sam", "ascended")
+
+
+class UsageError(ValueError):
+    """An option that cannot be used; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def number(rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return a converter to a finite float that obeys a rule."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        return value
+
+    return convert
+
+
+def whole(text: str) -> int:
+    """Return a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+_positive = number("a positive number", lambda value: value > 0)
+_non_negative = number("a non-negative number", lambda value: value >= 0)
+_finite = number("a finite number", lambda value: True)
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyro-sam compare``."""
+    add = parser.add_argument
+    add("dataset", choices=CATALOGUE, metavar="DATASET", help=f"one of {', '.join(CATALOGUE)}")
+    add("--out", type=Path, metavar="DIR", help="folder for the results [results/DATASET]")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        default=list(DEFAULT_METHODS),
+        help=f"[{' '.join(DEFAULT_METHODS)}]; also map",
+    )
+    add(
+        "--epochs",
+        type=whole,
+        default=_DEFAULTS.epochs,
+        help="budget in gradients of the whole training set [%(default)s]",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        default=["3"],
+        metavar="N",
+        help="how many seeds (3 means 0,1,2), or a list such as 0,5 [3]",
+    )
+    add("--device", default=_DEFAULTS.device, help="torch device, for example cuda [%(default)s]")
+    add("--batch-size", type=whole, default=_DEFAULTS.batch_size, help="[%(default)s]")
+    hidden = " ".join(map(str, _DEFAULTS.hidden))
+    add("--hidden", nargs="+", default=[hidden], metavar="WIDTH", help=f"widths of the hidden layers [{hidden}]")
+    add("--lr", type=_positive, default=_DEFAULTS.lr, help="Adam's learning rate at the start [%(default)s]")
+    add("--kl-weight", type=_non_negative, default=_DEFAULTS.kl_weight, help="weight of the KL [%(default)s]")
+    rho = "radius, for every method that has one (0.1) or by name (sam=0.1 variational-sam=1)"
+    add("--rho", nargs="+", default=[], metavar="R", help=f"{rho}; see `pyro-sam methods` for units and defaults")
+    add("--kappa", type=_non_negative, default=_DEFAULTS.kappa, help="random share of mix-sam [%(default)s]")
+    add("--alpha", type=_finite, default=_DEFAULTS.alpha, help="climb of ascended, in posterior sd [%(default)s]")
+    add(
+        "--init-scale", type=_positive, default=_DEFAULTS.init_scale, help="first scale of a learnt guide [%(default)s]"
+    )
+    add("--num-samples", type=whole, default=_DEFAULTS.num_samples, help="weight samples of a prediction [%(default)s]")
+    add("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
+
+
+def words(values: Sequence[str]) -> list[str]:
+    """Return what blanks and commas separate."""
+    return [word for value in values for word in value.split(",") if word]
+
+
+def methods(values: Sequence[str]) -> list[str]:
+    """Return the methods that are named, each once.
+
+    Raises:
+        UsageError: If a name is unknown.
+    """
+    from pyro_sam.study.methods import METHODS
+
+    names = list(dict.fromkeys(words(values)))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        got = repr(unknown[0]) if unknown else "none"
+        raise UsageError(f"--methods must be among {', '.join(METHODS)}, got {got}.")
+    return names
+
+
+def seeds(values: Sequence[str]) -> list[int]:
+    """Return the seeds: of one number that many, from 0; of several, or with a comma, these.
+
+    Raises:
+        UsageError: If one is no whole number.
+    """
+    names = words(values)
+    if not names or not all(name.isdecimal() for name in names):
+        raise UsageError(f"--seeds must be whole numbers, got {' '.join(values)!r}.")
+    listed = len(names) > 1 or "," in values[0]
+    numbers = [int(name) for name in names] if listed else list(range(int(names[0])))
+    if not numbers or max(numbers) >= 2**32:
+        raise UsageError(f"--seeds must name at least one seed below 2**32, got {' '.join(values)!r}.")
+    return list(dict.fromkeys(numbers))
+
+
+def radii(values: Sequence[str], chosen: Sequence[str]) -> dict[str, float]:
+    """Return the radius of each chosen method that was given one.
+
+    Raises:
+        UsageError: If a value is no non-negative number, or a method is not chosen or has no radius.
+    """
+    from pyro_sam.study.methods import METHODS
+
+    having = [name for name in chosen if METHODS[name].rho is not None]
+    given: dict[str, float] = {}
+    for word in words(values):
+        name, equals, text = word.rpartition("=")
+        if equals and name not in having:
+            raise UsageError(f"--rho: of the chosen methods {', '.join(having) or 'none'} have a radius, got {name!r}.")
+        try:
+            value = _positive(text)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--rho {error}.") from None
+        given.update({name: value} if equals else dict.fromkeys(having, value))
+    if values and not given:
+        raise UsageError(f"--rho: none of the chosen methods ({', '.join(chosen)}) has a radius.")
+    return given
+
+
+def device(name: str) -> str:
+    """Return ``name`` if torch can put a tensor there.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {reason}") from error
+    return name
+
+
+def settings(args: argparse.Namespace, chosen: Sequence[str]) -> Settings:
+    """Return the settings that the options ask for.
+
+    Raises:
+        UsageError: If an option cannot be used.
+    """
+    try:
+        hidden = tuple(whole(word) for word in words(args.hidden))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--hidden {error}.") from None
+    return Settings(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        hidden=hidden,
+        lr=args.lr,
+        kl_weight=args.kl_weight,
+        rho=radii(args.rho, chosen),
+        kappa=args.kappa,
+        alpha=args.alpha,
+        init_scale=args.init_scale,
+        num_samples=args.num_samples,
+        device=device(args.device),
+    )

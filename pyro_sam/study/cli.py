@@ -1,0 +1,111 @@
+"""The command ``pyro-sam``: ``compare`` methods on a data set, list ``datasets`` and ``methods``."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyro_sam.study import arguments
+from pyro_sam.study.catalogue import CATALOGUE
+from pyro_sam.study.tables import DataError
+
+if TYPE_CHECKING:
+    from pyro_sam.study.results import Results
+
+_EXTRAS = ("sklearn", "mlxtend", "matplotlib", "tabulate", "torchmetrics", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Words after ``pyro-sam``; those of the process by default.
+    Returns:
+        0 if all went well, 1 if a run was stopped, 2 if it could not start, 130 if interrupted.
+    """
+    from pyro_sam.study.results import OutputError
+
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (arguments.UsageError, DataError, OutputError) as error:
+        print(f"pyro-sam {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npyro-sam: interrupted; the finished runs are in results.json", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments.Parser(prog="pyro-sam", description="Sharpness-aware variational inference on real data.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|datasets|methods")
+    compare = commands.add_parser("compare", help="train several methods at equal numbers of gradients")
+    arguments.add_compare(compare)
+    compare.set_defaults(run=_compare)
+    commands.add_parser("datasets", help="list the data sets").set_defaults(run=_datasets)
+    commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> int:
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[bench].")
+    chosen, seeds = arguments.methods(args.methods), arguments.seeds(args.seeds)
+    settings = arguments.settings(args, chosen)
+
+    from tqdm import tqdm
+
+    from pyro_sam.study.compare import compare, total_gradients
+    from pyro_sam.study.datasets import load_splits
+    from pyro_sam.study.results import prepare
+
+    out = prepare(args.out or Path("results") / args.dataset)
+    datasets = load_splits(args.dataset, seeds, args.data_dir)
+    first = datasets[seeds[0]]
+    print(f"{first.name}: {len(first.y_train)} training and {len(first.y_test)} test rows ({first.source})")
+    with tqdm(total=total_gradients(datasets, chosen, settings), unit="gradient", mininterval=0.5) as bar:
+
+        def advance(method: str, seed: int, cost: int, loss: float) -> None:
+            bar.set_description(f"{method}, seed {seed}, loss {loss:.4g}", refresh=False)
+            bar.update(cost)
+
+        results = compare(datasets, chosen, settings, out, advance)
+    return _report(results, out)
+
+
+def _report(results: "Results", out: Path) -> int:
+    from pyro_sam.study.report import figure, table
+    from pyro_sam.study.results import RESULTS
+
+    if results.runs:
+        print(table(results))
+        print(f"results: {out / RESULTS}\nfigure:  {figure(results, out)}")
+    if results.stopped is None:
+        return 0
+    print(f"pyro-sam compare: stopped: {results.stopped['message']}", file=sys.stderr)
+    print(f"The finished runs are in {out / RESULTS}.", file=sys.stderr)
+    return 1
+
+
+def _datasets(args: argparse.Namespace) -> int:
+    for spec in CATALOGUE.values():
+        print(f"{spec.name:15}{spec.task:16}{spec.summary:56}{spec.origin}")
+    files = "NAME.npz or NAME/*-ubyte.gz for mnist and fashion-mnist; NAME.csv or uci_regression.npz for the others"
+    print(f"Files in --data-dir: {files}.")
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from pyro_sam.study.methods import METHODS
+    from pyro_sam.study.settings import Settings
+
+    print(f"{'name':17}{'gradients a step':18}{'rho':6}")
+    for method in METHODS.values():
+        radius = "-" if method.rho is None else f"{method.rho:g}"
+        print(f"{method.name:17}{method.cost(Settings()):<18}{radius:6}{method.summary}")
+    print("rho counts posterior standard deviations in variational-sam, and is in the units of a weight elsewhere.")
+    return 0

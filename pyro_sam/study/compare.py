@@ -1,0 +1,47 @@
+"""All methods on one data set, at equal numbers of gradients."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from pyro_sam.study.datasets import Dataset
+from pyro_sam.study.results import Results
+from pyro_sam.study.settings import Settings
+from pyro_sam.study.train import Diverged, budget, train
+
+OnStep = Callable[[str, int, int, float], None]
+
+
+def compare(
+    datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings, out: Path, on_step: OnStep
+) -> Results:
+    """Train and test every method on every seed's split, and keep the results after each run.
+
+    Args:
+        datasets: The split of each seed.
+        methods: Names of the methods.
+        settings: What they share.
+        out: Folder for ``results.json``; it exists.
+        on_step: Called after each step with method, seed, gradients of the step and loss.
+    Returns:
+        The results. If a run was stopped at a number that is not finite, ``stopped`` says where, and no run follows.
+    Raises:
+        OutputError: If ``out`` cannot be written to any more.
+    """
+    results = Results(datasets, methods, settings)
+    for seed, dataset in datasets.items():
+        for method in methods:
+            try:
+                run = train(dataset, method, settings, seed, partial(on_step, method, seed))
+            except Diverged as error:
+                results.stop(error)
+                results.save(out)
+                return results
+            results.runs.append(run)
+            results.save(out)
+    return results
+
+
+def total_gradients(datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings) -> int:
+    """Return the gradients of the whole comparison."""
+    return len(methods) * sum(budget(len(dataset.x_train), settings) for dataset in datasets.values())

@@ -1,0 +1,53 @@
+"""The Bayesian network that every method trains."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+import pyro_sam as ps
+from pyro_sam.study.datasets import Dataset
+
+Model = Callable[..., Tensor]
+_INITIAL_NOISE = 0.5  # standard deviation of a regression's residuals, in standardised units
+
+
+def bayesian_mlp(dataset: Dataset, hidden: Sequence[int]) -> tuple[Model, int]:
+    r"""Return the model of a data set, and its number of weights.
+
+    A ReLU network whose weights have the prior :math:`N(0, 1 / \text{fan-in})`. The likelihood is Categorical, or
+    Normal with a standard deviation that is learnt as a parameter.
+
+    Args:
+        dataset: Training data, on the device that the network is put on.
+        hidden: Widths of the hidden layers; none for a linear model.
+    Returns:
+        The model, called with inputs and (to train) targets of a minibatch, and the number of its weights.
+    """
+    widths = (dataset.x_train.shape[1], *hidden, dataset.num_classes or 1)
+    layers: list[torch.nn.Module] = []
+    for width, following in pairwise(widths):
+        layers += [torch.nn.Linear(width, following), torch.nn.ReLU()]
+    net = torch.nn.Sequential(*layers[:-1]).to(dataset.x_train.device)
+    bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal())
+    num_rows = len(dataset.x_train)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        output = bnn(x)
+        likelihood = _likelihood(dataset, output)
+        with pyro.plate("data", len(x) if y is None else num_rows, subsample_size=len(x)):
+            observed: Tensor = pyro.sample("obs", likelihood, obs=y)
+        return observed
+
+    return model, sum(parameter.numel() for parameter in net.parameters())
+
+
+def _likelihood(dataset: Dataset, output: Tensor) -> dist.TorchDistribution:
+    if dataset.task == "classification":
+        return dist.Categorical(logits=output)
+    noise = pyro.param("noise_scale", output.new_tensor(_INITIAL_NOISE), constraint=constraints.positive)
+    return dist.Normal(output.squeeze(-1), noise)

@@ -1,0 +1,92 @@
+"""The comparison for a reader: a table and a figure."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_sam.study.evaluate import METRICS
+from pyro_sam.study.results import FIGURE, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TITLES = {
+    "accuracy": "test accuracy",
+    "nll": "test NLL per image",
+    "rmse": "test RMSE",
+    "log_likelihood": "test log likelihood per point",
+}
+_SHOWN = {"classification": ("accuracy", "nll"), "regression": ("rmse", "log_likelihood")}
+_CURVE = {"classification": "nll", "regression": "log_likelihood"}
+
+
+def table(results: Results) -> str:
+    """Return the table: one line per method, mean ± standard deviation over seeds."""
+    from tabulate import tabulate
+
+    metrics, summary = METRICS[results.task], results.summary()
+    better = {True: "higher is better", False: "lower is better"}
+    rows = []
+    for method, cells in summary.items():
+        runs = [run for run in results.runs if run.method == method]
+        seconds = sum(run.seconds for run in runs) / len(runs)
+        values = [_cell(**cells[metric]) for metric in metrics]
+        rows.append([method, *values, runs[0].steps, runs[0].gradients, f"{seconds:.1f}"])
+    headers = ["method", *metrics, "steps", "gradients", "seconds"]
+    text = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, stralign="right", colalign=("left",))
+    notes = "; ".join(f"{metric}: {better[more]}" for metric, more in metrics.items() if metric != "coverage")
+    return f"{text}\n{notes}"
+
+
+def _cell(mean: float, std: float | None, runs: int) -> str:
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+
+
+def figure(results: Results, out: Path) -> Path:
+    """Draw test metrics per method (a dot per seed, a bar at the mean) and learning curves; return the file."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods = list(results.summary())
+    palette = matplotlib.colormaps["tab10"]
+    colors = {method: palette(k % 10) for k, method in enumerate(methods)}
+    canvas = FigureCanvasAgg(Figure(figsize=(13, 1.6 + 0.45 * max(len(methods), 5)), layout="constrained"))
+    left, middle, right = canvas.figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    for axes, metric in zip((left, middle), _SHOWN[results.task], strict=True):
+        _dots(axes, results, metric, colors)
+    middle.set_yticklabels([])
+    _curves(right, results, colors)
+    runs = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
+    canvas.figure.suptitle(f"{results.name}: equal numbers of gradients, {runs}")
+    path = out / FIGURE
+    canvas.figure.savefig(path, dpi=150)
+    return path
+
+
+def _dots(axes: "Axes", results: Results, metric: str, colors: dict[str, Any]) -> None:
+    for row, (method, color) in enumerate(colors.items()):
+        values = results.values(method, metric)
+        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.6, markersize=6)
+        axes.plot(sum(values) / len(values), row, "|", color=color, markersize=20, markeredgewidth=2.5)
+    axes.set_yticks(range(len(colors)), list(colors))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    arrow = "higher" if METRICS[results.task][metric] else "lower"
+    axes.set_xlabel(f"{_TITLES[metric]} ({arrow} is better)")
+
+
+def _curves(axes: "Axes", results: Results, colors: dict[str, Any]) -> None:
+    metric = _CURVE[results.task]
+    for method, color in colors.items():
+        runs = [run.curve for run in results.runs if run.method == method]
+        gradients = [point["gradients"] for point in runs[0]]
+        means = [sum(point[metric] for point in points) / len(points) for points in zip(*runs, strict=False)]
+        for run in runs:
+            axes.plot(gradients, [point[metric] for point in run], color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(gradients, means, color=color, label=method, linewidth=1.8)
+    axes.set_xlabel("gradients")
+    axes.set_ylabel(_TITLES[metric])
+    if metric == "nll":
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small", ncols=2)

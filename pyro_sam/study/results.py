@@ -1,0 +1,156 @@
+"""What a comparison found: summarised, and kept on disk after every run."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyro_sam.study.datasets import Dataset
+from pyro_sam.study.evaluate import METRICS
+from pyro_sam.study.methods import METHODS
+from pyro_sam.study.settings import Settings
+from pyro_sam.study.train import Diverged, Run
+
+RESULTS = "results.json"
+FIGURE = "compare.png"
+_PACKAGES = ("pyro-sam", "torch", "pyro-ppl", "numpy", "scikit-learn", "mlxtend", "torchmetrics")
+_PROBE_BYTES = 1 << 16
+
+
+class OutputError(RuntimeError):
+    """A folder that results cannot be written to."""
+
+
+def prepare(out: Path) -> Path:
+    """Create the results folder and prove that it can be written to.
+
+    Raises:
+        OutputError: If it cannot: no permission, no room, or a file in the way.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out, prefix=".probe-") as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise OutputError(f"--out {out} cannot be written to: {error.strerror or error}") from error
+    return out
+
+
+class Results:
+    """The runs so far of one comparison.
+
+    Args:
+        datasets: The split of each seed.
+        methods: Names of the methods, in the order of the table.
+        settings: What they share.
+    """
+
+    def __init__(self, datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings) -> None:
+        self.methods, self.settings = tuple(methods), settings
+        self.runs: list[Run] = []
+        self.stopped: dict[str, Any] | None = None
+        self.seeds = tuple(datasets)
+        first = next(iter(datasets.values()))
+        self.name, self.task = first.name, first.task
+        self._dataset = {
+            "name": first.name,
+            "task": first.task,
+            "num_features": first.x_train.shape[1],
+            "num_classes": first.num_classes,
+            "splits": {
+                str(seed): {"train": len(data.y_train), "test": len(data.y_test), "source": data.source}
+                for seed, data in datasets.items()
+            },
+        }
+
+    def stop(self, error: Diverged) -> None:
+        """Note that a run was stopped."""
+        keys = ("method", "seed", "step", "what", "last_finite_loss")
+        self.stopped = {**{key: getattr(error, key) for key in keys}, "message": str(error)}
+
+    def values(self, method: str, metric: str) -> list[float]:
+        """Return a metric of a method's finished runs, one value a seed."""
+        return [run.metrics[metric] for run in self.runs if run.method == method]
+
+    def summary(self) -> dict[str, dict[str, dict[str, float | int | None]]]:
+        """Return mean and sample standard deviation over seeds (None for one seed) per method and metric."""
+        return {
+            method: {metric: _moments(self.values(method, metric)) for metric in METRICS[self.task]}
+            for method in self.methods
+            if any(run.method == method for run in self.runs)
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all there is to know, ready for JSON."""
+        shared = {**asdict(self.settings), "methods": self.methods, "seeds": self.seeds}
+        return {
+            "dataset": self._dataset,
+            "settings": shared,
+            "methods": {name: self._method(name) for name in self.methods},
+            "versions": _versions(),
+            "runs": [asdict(run) for run in self.runs],
+            "summary": self.summary(),
+            "stopped": self.stopped,
+        }
+
+    def save(self, out: Path) -> Path:
+        """Write ``results.json`` whole or not at all.
+
+        Returns:
+            Its path.
+        Raises:
+            OutputError: If the folder cannot be written to any more; an earlier file is left as it was.
+        """
+        path, text = out / RESULTS, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False)
+        draft = out / f".{RESULTS}.draft"
+        try:
+            draft.write_text(text + "\n", encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        return path
+
+    def _method(self, name: str) -> dict[str, Any]:
+        method = METHODS[name]
+        return {
+            "summary": method.summary,
+            "perturbation": repr(method.perturbation(self.settings)),
+            "rho": method.radius(self.settings),
+            "learn_scale": method.guide == "learnt",
+            "gradients_per_step": method.cost(self.settings),
+        }
+
+
+def _moments(values: Sequence[float]) -> dict[str, float | int | None]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "runs": len(values)}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for every number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
