@@ -1,7 +1,9 @@
 """Sharpness-aware variational inference for Pyro: an ELBO whose random sample is replaced by a chosen perturbation."""
 
+from pyro_sam import nn
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.guide import MeanFieldNormal
+from pyro_sam.nn import BayesianModule
 from pyro_sam.perturbation import (
     Adversarial,
     AscendedSample,
@@ -18,6 +20,7 @@ __all__ = [
     "SAM_ELBO",
     "Adversarial",
     "AscendedSample",
+    "BayesianModule",
     "Gaussian",
     "Mean",
     "MeanFieldNormal",
@@ -26,5 +29,6 @@ __all__ = [
     "NoiseSpace",
     "Perturbation",
     "Prediction",
+    "nn",
     "predict",
 ]

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,12 +17,12 @@ def kept_buffers(*, on_error_only: bool = False) -> Iterator[None]:
     Args:
         on_error_only: Keep the body's changes unless it raises.
     """
-    before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor, int]] = {}
+    before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
     def save(module: nn.Module, args: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and (module, name) not in before:
-                before[module, name] = (buffer, buffer.detach().clone(), buffer._version)
+                before[module, name] = (buffer, buffer.detach().clone())
 
     hook = register_module_forward_pre_hook(save)
     try:
@@ -38,10 +37,8 @@ def kept_buffers(*, on_error_only: bool = False) -> Iterator[None]:
         hook.remove()
 
 
-@torch.no_grad()
-def _restore(before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor, int]]) -> None:
-    for (module, name), (buffer, value, version) in before.items():
-        # an untouched buffer is not written: that would break graphs that saved it
-        if buffer._version != version:
-            buffer.copy_(value)
+def _restore(before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]) -> None:
+    for (module, name), (buffer, value) in before.items():
+        # through .data: a graph that saved the buffer must not take this for a change
+        buffer.data.copy_(value)
         module._buffers[name] = buffer

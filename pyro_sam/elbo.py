@@ -139,9 +139,9 @@ class SAM_ELBO(ELBO):
 
     def _particle(self, step: Step, pair: Pair, law: Perturbation, kl_weight: float) -> Tensor | float:
         """Return the summed loss of one particle, or of all vectorised ones."""
-        e = law.noise(step).detach()
+        e = law.noise(step)
         at_mean = self.scale_gradient == "mean" and law is self.perturbation
-        ordinary = isinstance(law, Gaussian)
+        ordinary = step.is_gaussian(e)
         # the first time, the run keeps the noise in its graph to see whether the KL depends on it
         run, model = step.final_run(e, tracked=not ordinary and not pair.dependence, detach_scale=at_mean)
         loss = data_loss(model)

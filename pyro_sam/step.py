@@ -129,6 +129,10 @@ class Step(NoiseSpace):
 
     # What the estimator asks for
 
+    def is_gaussian(self, e: Tensor) -> bool:
+        """Return whether ``e`` is the law's own Gaussian draw, as it came."""
+        return e is self._gaussian
+
     def final_run(self, e: Tensor, *, tracked: bool, detach_scale: bool) -> tuple[GuideRun, Trace]:
         """Run guide and model at the chosen noise, for good: buffers keep what the model writes, unless it raises.
 
@@ -174,7 +178,7 @@ class Step(NoiseSpace):
             return run
         parts = {
             name: part.reshape(site.noise.shape).to(site.noise.device, site.noise.dtype)
-            for name, (site, part) in zip(self._sites, self._parts(e), strict=True)
+            for name, (site, part) in zip(self._sites, self._parts(e.detach()), strict=True)
         }
         return self._run_guide(lambda name, core: parts[name], tracked=tracked, detach_scale=detach_scale)
 

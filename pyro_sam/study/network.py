@@ -1,6 +1,6 @@
 """The Bayesian network that every method trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import pyro
@@ -11,29 +11,30 @@ from torch import Tensor
 
 import pyro_sam as ps
 from pyro_sam.study.datasets import Dataset
+from pyro_sam.study.settings import Settings
 
 Model = Callable[..., Tensor]
 _INITIAL_NOISE = 0.5  # standard deviation of a regression's residuals, in standardised units
 
 
-def bayesian_mlp(dataset: Dataset, hidden: Sequence[int]) -> tuple[Model, int]:
+def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
     r"""Return the model of a data set, and its number of weights.
 
-    A ReLU network whose weights have the prior :math:`N(0, 1 / \text{fan-in})`. The likelihood is Categorical, or
+    A ReLU network with the prior :math:`N(0, \mathrm{prior\_std}^2 / \text{fan-in})`. The likelihood is Categorical, or
     Normal with a standard deviation that is learnt as a parameter.
 
     Args:
         dataset: Training data, on the device that the network is put on.
-        hidden: Widths of the hidden layers; none for a linear model.
+        settings: Widths of the hidden layers, and the prior's standard deviation.
     Returns:
         The model, called with inputs and (to train) targets of a minibatch, and the number of its weights.
     """
-    widths = (dataset.x_train.shape[1], *hidden, dataset.num_classes or 1)
+    widths = (dataset.x_train.shape[1], *settings.hidden, dataset.num_classes or 1)
     layers: list[torch.nn.Module] = []
     for width, following in pairwise(widths):
         layers += [torch.nn.Linear(width, following), torch.nn.ReLU()]
     net = torch.nn.Sequential(*layers[:-1]).to(dataset.x_train.device)
-    bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal())
+    bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal(settings.prior_std))
     num_rows = len(dataset.x_train)
 
     def model(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ class Settings:
         hidden: Widths of the network's hidden layers.
         lr: Learning rate of Adam at the start; it falls to a tenth on a cosine.
         kl_weight: Weight of the KL in the loss.
+        prior_std: Prior standard deviation of a weight, times the square root of its fan-in.
         rho: Radius per method, in that method's unit; a method that is left out takes its default.
         kappa: Weight of the random direction of ``mix-sam``.
         alpha: Length of the climb of ``ascended``, in posterior standard deviations.
@@ -29,6 +30,7 @@ class Settings:
     hidden: tuple[int, ...] = (64,)
     lr: float = 1e-2
     kl_weight: float = 1.0
+    prior_std: float = 1.0
     rho: Mapping[str, float] = field(default_factory=dict)
     kappa: float = 1.0
     alpha: float = 1.0

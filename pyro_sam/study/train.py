@@ -99,7 +99,7 @@ def train(dataset: Dataset, method_name: str, settings: Settings, seed: int, on_
 
 
 def _learn(run: Run, dataset: Dataset, method: Method, settings: Settings, on_step: OnStep) -> None:
-    model, num_weights = bayesian_mlp(dataset, settings.hidden)
+    model, num_weights = bayesian_mlp(dataset, settings)
     scale = method.init_scale(settings, num_weights)
     guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=method.guide == "learnt")
     guide.initialize(dataset.x_train[:1], dataset.y_train[:1])

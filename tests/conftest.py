@@ -1,0 +1,19 @@
+"""Every test runs in double precision, seeded, with an empty parameter store and Pyro's validation on."""
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def clean_pyro() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with pyro.validation_enabled():
+        yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(before)
