@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(STAMP)
 	@echo "== comparing the methods on digits; results in $(OUT)"
-	@$(BIN)/pyro-sam compare digits --out $(OUT) $(DEMO_ARGS)
+	@$(BIN)/pyro-sam compare digits --seeds 5 --out $(OUT) $(DEMO_ARGS)
 
 test: $(STAMP)
 	@echo "== running the tests, the README's examples and the tutorials"

@@ -80,8 +80,15 @@ class MeanFieldNormal(AutoNormal):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with kept_buffers():
-            super()._setup_prototype(*args, **kwargs)
+        try:
+            with kept_buffers():
+                super()._setup_prototype(*args, **kwargs)
+            self._set_up_scales()
+        except BaseException:
+            self.prototype_trace = None  # nothing is half set up: the next call starts anew
+            raise
+
+    def _set_up_scales(self) -> None:
         self._transforms: dict[str, Transform | None] = {}
         locs = {name: self._get_loc_and_scale(name)[0].detach() for name in self._event_dims}
         self.scales = PyroModule()
@@ -99,6 +106,11 @@ class MeanFieldNormal(AutoNormal):
         if not isinstance(scale, Tensor):
             _check_init_scale(scale, where)
             return torch.full_like(loc, scale)
+        if scale.device.type != "meta" and not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError(
+                f"init_scale must be positive and finite{where}, got a tensor with minimum {float(scale.min()):g} and "
+                f"maximum {float(scale.max()):g}."
+            )
         try:
             return scale.detach().to(loc).expand_as(loc).clone()
         except RuntimeError as error:
@@ -121,7 +133,7 @@ class MeanFieldNormal(AutoNormal):
         loc, scale = self._get_loc_and_scale(name)
         event_dim, transform = self._event_dims[name], self._transforms[name]
         if not self.learn_scale:
-            scale = pyro.subsample(scale, event_dim)
+            scale = pyro.subsample(scale, event_dim=event_dim)
         normal = dist.Normal(loc, scale)
         if transform is None:
             return normal.to_event(event_dim)

@@ -1,5 +1,6 @@
 r"""The two terms of the loss: :math:`E_q[-\log p(x \mid w)]` at a run's values, and :math:`KL(q \Vert p)`."""
 
+import math
 from typing import Any
 
 from pyro.distributions import Delta
@@ -67,7 +68,7 @@ def _closed_form(guide_site: Any, model_site: Any) -> Tensor | float | None:
     if isinstance(kl, Tensor):
         return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
     # a bool mask of False gives the number 0
-    return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]) * guide_site["fn"].batch_shape.numel()
+    return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]) * math.prod(guide_site["fn"].batch_shape)
 
 
 def _log_prob(site: Any, value: Any) -> Tensor | float:

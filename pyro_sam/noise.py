@@ -6,7 +6,7 @@ Independent, Masked, Expanded or an invertible TransformedDistribution. Such a s
 in torch's own order of random numbers.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -253,13 +253,13 @@ def _refuse_unreparameterised(name: str, fn: Any) -> None:
         )
 
 
-def _refuse_missing(name: str, fn: Any, guide_sites: Collection[str]) -> None:
+def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:
     if is_discrete(fn):
         raise ValueError(
             f"latent site '{name}' of the model is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous "
             "latents. Sum it out of the model, for example by dist.MixtureSameFamily."
         )
-    sampled = ", ".join(n for n in guide_sites if not n.startswith("_")) or "none"
+    sampled = ", ".join(n for n, site in guide.items() if site["type"] == "sample") or "none"
     raise ValueError(
         f"latent site '{name}' of the model is missing from the guide (guide sites: {sampled}). "
         "Sample it in the guide under the same name, or pass obs= to it in the model."

@@ -125,7 +125,13 @@ def _likelihood(model: Callable[..., Any], guide: Callable[..., Any], batch: tup
     if site not in trace.nodes:
         sites = ", ".join(name for name, node in trace.nodes.items() if node["type"] == "sample")
         raise ValueError(f"the model has no site '{site}'; its sites are {sites}. Name the observed one by site=.")
-    return trace.nodes[site]["fn"]
+    fn: Any = trace.nodes[site]["fn"]
+    if not fn.batch_shape:
+        raise ValueError(
+            f"site '{site}' has no batch dimension to tell data points apart (its event shape is "
+            f"{tuple(fn.event_shape)}). Sample it inside pyro.plate, without to_event over the data."
+        )
+    return fn
 
 
 def _batches(args: tuple[Any, ...], batch_size: int | None) -> Iterator[tuple[Any, ...]]:

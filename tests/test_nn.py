@@ -303,7 +303,10 @@ def test_bad_networks_and_priors_are_refused(net: Any, prior: Any, match: str) -
     ("answer", "match"),
     [
         (None, r"prior of '0.weight', shape \(5, 4\), must be a distribution .* got None"),
-        (dist.Normal(torch.zeros(4, 5), 1.0), r"'0.weight' must be scalar.*\(5, 4\), got shape \(4, 5\). Give a scalar"),
+        (
+            dist.Normal(torch.zeros(4, 5), 1.0),
+            r"'0.weight' must be scalar.*\(5, 4\), got shape \(4, 5\). Give a scalar",
+        ),
     ],
 )
 def test_bad_answers_of_a_callable_prior_are_refused(answer: Any, match: str) -> None:

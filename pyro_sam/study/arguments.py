@@ -83,7 +83,18 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     hidden = " ".join(map(str, _DEFAULTS.hidden))
     add("--hidden", nargs="+", default=[hidden], metavar="WIDTH", help=f"widths of the hidden layers [{hidden}]")
     add("--lr", type=_positive, default=_DEFAULTS.lr, help="Adam's learning rate at the start [%(default)s]")
-    add("--kl-weight", type=_non_negative, default=_DEFAULTS.kl_weight, help="weight of the KL [%(default)s]")
+    add(
+        "--kl-weight",
+        type=_non_negative,
+        default=_DEFAULTS.kl_weight,
+        help="weight of the KL, 1 for the ELBO [%(default)s]",
+    )
+    add(
+        "--prior-std",
+        type=_positive,
+        default=_DEFAULTS.prior_std,
+        help="prior sd of a weight, times root fan-in [%(default)s]",
+    )
     rho = "radius, for every method that has one (0.1) or by name (sam=0.1 variational-sam=1)"
     add("--rho", nargs="+", default=[], metavar="R", help=f"{rho}; see `pyro-sam methods` for units and defaults")
     add("--kappa", type=_non_negative, default=_DEFAULTS.kappa, help="random share of mix-sam [%(default)s]")
@@ -188,6 +199,7 @@ def settings(args: argparse.Namespace, chosen: Sequence[str]) -> Settings:
         hidden=hidden,
         lr=args.lr,
         kl_weight=args.kl_weight,
+        prior_std=args.prior_std,
         rho=radii(args.rho, chosen),
         kappa=args.kappa,
         alpha=args.alpha,

@@ -2,7 +2,8 @@ r"""The methods of the comparison: which noise, which guide, how many gradients 
 
 A radius ``rho`` has its method's unit. SAM, RandomSAM and MixSAM move the weights by ``rho``, in the units of a weight:
 the last two do it by a guide with the fixed scale :math:`\rho / \sqrt d`, whose noise has length :math:`\sqrt d`.
-VariationalSAM moves them by ``rho`` posterior standard deviations.
+VariationalSAM moves them by ``rho`` posterior standard deviations; its default, times the first scale of a learnt guide,
+is the radius of the others.
 
 References:
     Ujváry et al. (2022), "Rethinking Sharpness-Aware Minimization as Variational Inference", arXiv:2210.10452.
@@ -71,9 +72,9 @@ _ALL = (
     Method("map", "loss at the mean, fixed scale: maximum a posteriori", "point"),
     Method("mfvi", "Gaussian noise: mean-field variational inference", "learnt"),
     Method("sam", "worst noise in a Euclidean ball, fixed scale: SAM", "point", rho=0.1),
-    Method("random-sam", "Gaussian noise of length rho, fixed scale: RandomSAM", "radius", rho=1.0),
-    Method("variational-sam", "worst noise in the posterior's ball: VariationalSAM", "learnt", rho=1.0),
-    Method("mix-sam", "worst and random noise mixed, length rho, fixed scale: MixSAM", "radius", rho=1.0),
+    Method("random-sam", "Gaussian noise of length rho, fixed scale: RandomSAM", "radius", rho=0.1),
+    Method("variational-sam", "worst noise in the posterior's ball: VariationalSAM", "learnt", rho=10.0),
+    Method("mix-sam", "worst and random noise mixed, length rho, fixed scale: MixSAM", "radius", rho=0.1),
     Method("ascended", "Gaussian noise, then a climb of alpha: ascended sample", "learnt"),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_sam.study.evaluate import METRICS
-from pyro_sam.study.results import FIGURE, Results
+from pyro_sam.study.results import FIGURE, Moments, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def table(results: Results) -> str:
     for method, cells in summary.items():
         runs = [run for run in results.runs if run.method == method]
         seconds = sum(run.seconds for run in runs) / len(runs)
-        values = [_cell(**cells[metric]) for metric in metrics]
+        values = [_cell(cells[metric]) for metric in metrics]
         rows.append([method, *values, runs[0].steps, runs[0].gradients, f"{seconds:.1f}"])
     headers = ["method", *metrics, "steps", "gradients", "seconds"]
     text = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, stralign="right", colalign=("left",))
@@ -37,7 +37,8 @@ def table(results: Results) -> str:
     return f"{text}\n{notes}"
 
 
-def _cell(mean: float, std: float | None, runs: int) -> str:
+def _cell(moments: Moments) -> str:
+    mean, std = moments["mean"], moments["std"]
     return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
 
 

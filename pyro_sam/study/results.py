@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,14 @@ RESULTS = "results.json"
 FIGURE = "compare.png"
 _PACKAGES = ("pyro-sam", "torch", "pyro-ppl", "numpy", "scikit-learn", "mlxtend", "torchmetrics")
 _PROBE_BYTES = 1 << 16
+
+
+class Moments(TypedDict):
+    """Mean and sample standard deviation (None for one run) over runs."""
+
+    mean: float
+    std: float | None
+    runs: int
 
 
 class OutputError(RuntimeError):
@@ -82,7 +90,7 @@ class Results:
         """Return a metric of a method's finished runs, one value a seed."""
         return [run.metrics[metric] for run in self.runs if run.method == method]
 
-    def summary(self) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    def summary(self) -> dict[str, dict[str, Moments]]:
         """Return mean and sample standard deviation over seeds (None for one seed) per method and metric."""
         return {
             method: {metric: _moments(self.values(method, metric)) for metric in METRICS[self.task]}
@@ -132,7 +140,7 @@ class Results:
         }
 
 
-def _moments(values: Sequence[float]) -> dict[str, float | int | None]:
+def _moments(values: Sequence[float]) -> Moments:
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "runs": len(values)}
 

@@ -14,7 +14,7 @@ class Settings:
         batch_size: Rows in a minibatch.
         hidden: Widths of the network's hidden layers.
         lr: Learning rate of Adam at the start; it falls to a tenth on a cosine.
-        kl_weight: Weight of the KL in the loss.
+        kl_weight: Weight of the KL in the loss; 1 is the ELBO, the default a colder posterior.
         prior_std: Prior standard deviation of a weight, times the square root of its fan-in.
         rho: Radius per method, in that method's unit; a method that is left out takes its default.
         kappa: Weight of the random direction of ``mix-sam``.
@@ -29,12 +29,12 @@ class Settings:
     batch_size: int = 64
     hidden: tuple[int, ...] = (64,)
     lr: float = 1e-2
-    kl_weight: float = 1.0
-    prior_std: float = 1.0
+    kl_weight: float = 0.1
+    prior_std: float = 2.0
     rho: Mapping[str, float] = field(default_factory=dict)
     kappa: float = 1.0
     alpha: float = 1.0
-    init_scale: float = 0.05
+    init_scale: float = 0.01
     num_samples: int = 64
     curve_points: int = 12
     device: str = "cpu"
