@@ -52,7 +52,11 @@ class Structures:
 
 
 def signature(guide: Trace, model: Trace) -> Hashable:
-    """Return what must change for a new look at a pair: sites, their distributions' kinds and shapes, and plates."""
+    """Return what must change for a new look at a pair: sites, their distributions' kinds and shapes, and plates.
+
+    A distribution's kind has in it which operation each of its parameters came from, so that a prior whose parameter
+    becomes another latent's value is met as a new one.
+    """
     return tuple(
         (name, site["is_observed"], _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
         for trace in (guide, model)
@@ -62,9 +66,11 @@ def signature(guide: Trace, model: Trace) -> Hashable:
 
 
 def _kind(fn: Any) -> Hashable:
-    kinds = [(type(fn), fn.event_shape)]
-    while (fn := getattr(fn, "base_dist", None)) is not None:
+    kinds: list[Any] = [(type(fn), fn.event_shape)]
+    while (base := getattr(fn, "base_dist", None)) is not None:
+        fn = base
         kinds.append((type(fn), fn.event_shape))
+    kinds.extend(type(value.grad_fn) for value in vars(fn).values() if isinstance(value, Tensor))
     return tuple(kinds)
 
 

@@ -441,6 +441,45 @@ def test_estimated_kl_has_the_mean_of_the_ordinary_one(make: Any, law: ps.Pertur
     assert abs(perturbed.mean() - ordinary.mean()) < 4 * error
 
 
+def chain(linked: bool = True) -> None:
+    """A latent whose prior's mean is another latent, where ``linked``."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(a if linked else torch.zeros(()), 1.0))
+    pyro.factor("data", a + 2 * b)
+
+
+def chain_guide(linked: bool = True) -> None:
+    pyro.sample("a", dist.Normal(pyro.param("a_loc", torch.tensor(0.4)), 0.8))
+    pyro.sample("b", dist.Normal(pyro.param("b_loc", torch.tensor(-0.3)), 0.5))
+
+
+CHAIN_LAWS = [ps.Mean(), ps.Adversarial(2.0), ps.MixSAM(2.0), ps.AscendedSample(2.0)]
+
+
+@pytest.mark.parametrize("law", CHAIN_LAWS, ids=repr)
+def test_kl_under_a_prior_that_depends_on_a_latent_has_its_closed_form_mean(law: ps.Perturbation) -> None:
+    many = {"num_particles": 20_000, "vectorize_particles": True, "max_plate_nesting": 0}
+    losses = []
+    for weight in (1.0, 0.0):
+        pyro.set_rng_seed(1)
+        losses.append(ps.SAM_ELBO(law, kl_weight=weight, **many).differentiable_loss(chain, chain_guide))
+    kl_a = -math.log(0.8) + (0.8**2 + 0.4**2 - 1) / 2
+    kl_b = -math.log(0.5) + (0.5**2 + (0.4 + 0.3) ** 2 + 0.8**2 - 1) / 2
+    # (b_loc - a)² / 2 of a ~ N(0.4, 0.8²) has variance (4 mean² sd² + 2 sd⁴) / 4, with mean -0.7
+    error = math.sqrt((4 * 0.7**2 * 0.8**2 + 2 * 0.8**4) / 4 / 20_000)
+    assert (losses[0] - losses[1]).item() == pytest.approx(kl_a + kl_b, abs=4 * error)
+
+
+@pytest.mark.parametrize("law", CHAIN_LAWS, ids=repr)
+def test_what_one_structure_taught_is_not_believed_of_the_next(law: ps.Perturbation) -> None:
+    used, fresh = ps.SAM_ELBO(law), ps.SAM_ELBO(law)
+    used.differentiable_loss(chain, chain_guide, linked=False)
+    losses = []
+    for elbo in (used, fresh):
+        pyro.set_rng_seed(5)
+        losses.append(elbo.differentiable_loss(chain, chain_guide, linked=True).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
 LAWS = [
     ps.Mean(),
     ps.Gaussian(),

@@ -284,3 +284,19 @@ def test_laws_are_frozen_and_compare_by_value() -> None:
     assert hash(ps.Mixture([ps.Mean()], [1.0])) == hash(ps.Mixture((ps.Mean(),), (1,)))
     with pytest.raises(AttributeError, match="cannot assign to field 'rho'"):
         ps.Adversarial(0.5).rho = 1.0  # type: ignore[misc]
+
+
+def test_steps_that_a_changing_ball_leaves_outside_are_projected_back() -> None:
+    problem = Quadratic.random(d=2)
+    small, large = torch.tensor([1e-3, 0.0]), torch.tensor([100.0, 1.0])
+    gradients = iter([small, large])
+
+    class Scripted(QuadraticSpace):
+        def gradient(self, e: torch.Tensor) -> torch.Tensor:
+            return (problem.scale * next(gradients)).unsqueeze(0)
+
+    e = ps.Adversarial(0.3, steps=2, geometry="fisher", eta=1.0).noise(Scripted(problem))[0]
+    # the first step of length rho / 2 along the first axis is 100 times too long for the second gradient's ball
+    displacement, f = problem.scale * e, 1 + large**2
+    assert 0.15 * f[0].sqrt() > 0.3
+    torch.testing.assert_close((f * displacement**2).sum().sqrt(), torch.tensor(0.3))

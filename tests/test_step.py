@@ -231,3 +231,29 @@ def test_retain_graph_and_accumulation() -> None:
     elbo.loss_and_grads(problem.model(), problem.guide())
     for name, parameter in pyro.get_param_store().named_parameters():
         torch.testing.assert_close(parameter.grad, 2 * once[name])
+
+
+def test_passes_that_draw_differently_still_share_the_minibatch_and_the_hidden_noise() -> None:
+    batches, hidden = [], []
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        if w[0] == 0.3:  # only at the mean: that pass has used up more of the random stream
+            torch.rand(5)
+        with pyro.plate("data", 30, subsample_size=7) as idx:
+            pyro.sample("obs", dist.Normal(X[idx] @ w + b, 1.0), obs=Y[idx])
+        batches.append(idx)
+        hidden.append(b.detach())
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor([0.3, -0.2]))
+        w = pyro.sample("w", dist.Normal(loc, 0.1).to_event(1))
+        if w[0] != 0.3:
+            torch.rand(5)
+        pyro.sample("b", dist.Normal(pyro.param("b_loc", torch.tensor(0.0)), 0.1))
+
+    ps.SAM_ELBO(ps.Adversarial(0.5), hide="b").loss_and_grads(model, guide)
+    assert len(batches) == 2
+    assert all_equal(batches)
+    assert all_equal(hidden)
