@@ -1,6 +1,8 @@
 """First mistakes with models, guides and settings: a clear error that names what to change, and nothing changed."""
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pyro
@@ -13,6 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormalMe
 from pyro.optim import Adam
 
 import pyro_sam as ps
+from pyro_sam.structure import Structures
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,9 @@ def refused(model: Any, guide: Any, message: str, law: ps.Perturbation | None = 
 
 
 def test_guide_without_a_gaussian_site_names_its_sites_and_why() -> None:
-    refused(one_normal, AutoDelta(one_normal), r"no Gaussian site to perturb \('w': Delta is no reparameterised Gaussian")
+    refused(
+        one_normal, AutoDelta(one_normal), r"no Gaussian site to perturb \('w': Delta is no reparameterised Gaussian"
+    )
     refused(lambda: None, lambda: None, r"no Gaussian site to perturb \(it has no latent site at all\)")
 
     def all_hidden() -> None:
@@ -188,3 +193,16 @@ def test_nan_losses_warn() -> None:
     guide = ps.MeanFieldNormal(one_normal).initialize()
     with pyro.validation_enabled(False), pytest.warns(UserWarning, match="Encountered NaN"):
         assert math.isnan(ps.SAM_ELBO().loss_and_grads(model, guide))
+
+
+def test_a_known_model_is_kept_alive_so_that_no_other_takes_its_id() -> None:
+    structures = Structures()
+
+    def model() -> None:
+        pass
+
+    alive = weakref.ref(model)
+    structures.of(model, model)
+    del model
+    gc.collect()
+    assert alive() is not None

@@ -241,3 +241,40 @@ def test_discrete_latents_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         ps.MeanFieldNormal(discrete).initialize()
+
+
+def test_a_guide_that_failed_to_start_starts_anew() -> None:
+    tries = []
+
+    def init_scale(site: Any) -> float:
+        tries.append(site["name"])
+        if len(tries) == 1:
+            raise RuntimeError("not yet")
+        return 0.3
+
+    guide = ps.MeanFieldNormal(lambda: pyro.sample("w", dist.Normal(0.0, 1.0)), init_scale=init_scale)
+    with pytest.raises(RuntimeError, match="not yet"):
+        guide()
+    guide.initialize()
+    torch.testing.assert_close(guide.scales.w.detach(), torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_training_the_guide_leaves_the_network_as_it_was(local: bool) -> None:
+    net = torch.nn.Linear(2, 1)
+    before = net.weight.detach().clone()
+    with pyro.settings.context(module_local_params=local):
+        bnn = ps.BayesianModule(net)
+
+        def model() -> None:
+            out = bnn(torch.ones(3, 2)).squeeze(-1)
+            with pyro.plate("data", 3):
+                pyro.sample("obs", dist.Normal(out, 0.1), obs=torch.zeros(3))
+
+        guide = ps.MeanFieldNormal(model).initialize()
+        elbo = ps.SAM_ELBO(ps.Mean())(model, guide)
+        optimiser = torch.optim.SGD(guide.parameters(), lr=0.01)
+        elbo().backward()
+        optimiser.step()
+        assert not torch.equal(guide.locs.weight, before)
+    assert torch.equal(net.weight, before)
