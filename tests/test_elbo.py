@@ -406,8 +406,6 @@ def test_vectorised_mixture_tosses_a_coin_per_particle() -> None:
 @pytest.mark.parametrize("law", [ps.Mean(), ps.Adversarial(2.0), ps.MixSAM(1.5), ps.AscendedSample(3.0)])
 def test_closed_form_kl_never_sees_the_noise(law: ps.Perturbation) -> None:
     problem = Quadratic.random()
-    with_kl, _ = gradients_of(ps.SAM_ELBO(law, kl_weight=1.0), problem.model(), problem.guide())
-    pyro.set_rng_seed(0)
     results = []
     for weight in (0.0, 1.0):
         pyro.set_rng_seed(7)
