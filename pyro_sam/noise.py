@@ -55,7 +55,7 @@ class NoiseSite:
         sample: The value of the Gaussian at the core, before any transform.
         displacement: ``sample - loc``, with the graph to the guide's scale.
         loc: The mean, shaped like ``noise`` (of the values, where the two differ).
-        scale: The standard deviation shaped like ``noise``, or None for a full covariance.
+        scale: The standard deviation shaped like ``noise``, or None for a full covariance or whitened noise.
         group_size: Number of noise scalars of one batch element, for the norm's scope ``"event"``.
     """
 
@@ -179,7 +179,8 @@ class NoiseMessenger(Messenger):
             self.unperturbed[name] = "hidden by hide"
             msg["value"] = place(fn, lambda core: self._hidden_noise(name, core))[0]
         else:
-            msg["value"], self.sites[name] = place(fn, lambda core: self._noise(name, core), self._detach_scale)
+            msg["value"], site = place(fn, lambda core: self._noise(name, core), self._detach_scale)
+            self.sites[name] = replace(site, scale=None) if _is_whitened(msg, site) else site
         msg["done"] = True
         self._keep_stream(name)
 
@@ -232,6 +233,15 @@ def hold_subsample(msg: Any, held: dict[str, Tensor]) -> None:
     msg["value"], msg["done"] = held.setdefault(msg["name"], drawn), True
 
 
+def _is_whitened(msg: Any, site: NoiseSite) -> bool:
+    """Return whether an auxiliary site is N(0, 1) for good: its guide applies loc and scale later, out of sight."""
+    if not msg["infer"].get("is_auxiliary") or site.scale is None:
+        return False
+    if site.loc.requires_grad or site.scale.requires_grad:
+        return False
+    return bool((site.loc == 0).all() and (site.scale == 1).all())
+
+
 def is_discrete(fn: Any) -> bool:
     """Return whether a distribution's support is discrete."""
     try:
@@ -258,6 +268,11 @@ def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:
         raise ValueError(
             f"latent site '{name}' of the model is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous "
             "latents. Sum it out of the model, for example by dist.MixtureSameFamily."
+        )
+    if name in guide and guide[name]["type"] == "sample":
+        raise ValueError(
+            f"latent site '{name}' of the model is observed in the guide (poutine.condition or obs= there), so nothing "
+            "samples it. Condition the model on the value instead."
         )
     sampled = ", ".join(n for n, site in guide.items() if site["type"] == "sample") or "none"
     raise ValueError(

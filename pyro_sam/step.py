@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss
@@ -108,9 +109,10 @@ class Step(NoiseSpace):
         locs, scales = [], []
         for name, site in self._sites.items():
             if site.scale is None:
+                reason = "is whitened noise" if isinstance(site.core, Normal) else "has a full covariance"
                 raise ValueError(
-                    f"guide site '{name}' has a full covariance; geometry='euclidean', 'adaptive' and 'fisher' need "
-                    "diagonal Normal sites. Use geometry='posterior', or a mean-field guide."
+                    f"guide site '{name}' {reason}; geometry='euclidean', 'adaptive' and 'fisher' need diagonal Normal "
+                    "sites. Use geometry='posterior', or a mean-field guide."
                 )
             locs.append(site.loc.expand(site.noise.shape))
             scales.append(site.scale)
