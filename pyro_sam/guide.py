@@ -51,7 +51,8 @@ class MeanFieldNormal(AutoNormal):
         learn_scale: Whether scale is a parameter; otherwise it stays at ``init_scale``, as a buffer.
         create_plates: Called with the model's arguments, returns the plates to use for subsampled local latents.
     Raises:
-        ValueError: If ``init_scale`` is not positive and finite.
+        ValueError: If ``init_scale`` is not positive and finite. At the first call: if the param store holds another
+            model's parameters under this guide's names.
     """
 
     def __init__(
@@ -93,8 +94,24 @@ class MeanFieldNormal(AutoNormal):
         locs = {name: self._get_loc_and_scale(name)[0].detach() for name in self._event_dims}
         self.scales = PyroModule()
         for name, site in self._prototype_sites():
+            self._check_stored(name, site)
             self._transforms[name] = _simplify(biject_to(site["fn"].support))
             self._set_scale(name, self._initial_scale(site, locs[name]))
+
+    def _check_stored(self, name: str, site: Any) -> None:
+        # PyroModule takes what the store has under its name
+        full_name, store = f"{self._pyro_name}.locs.{name}", pyro.get_param_store()
+        if pyro.settings.get("module_local_params") or full_name not in store:
+            return
+        shape = list(biject_to(site["fn"].support).inv(site["value"]).shape)
+        for frame in filter(attrgetter("vectorized"), site["cond_indep_stack"]):
+            shape[frame.dim - self._event_dims[name]] = frame.full_size
+        found = store[full_name].shape
+        if found != torch.Size(shape):
+            raise ValueError(
+                f"The param store holds '{full_name}' with shape {tuple(found)}, this model's has shape "
+                f"{tuple(shape)}. Call pyro.clear_param_store() before you use a guide of another model."
+            )
 
     def _prototype_sites(self) -> Iterator[tuple[str, Any]]:
         trace: Any = self.prototype_trace
