@@ -5,7 +5,7 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss, kl_loss
 from pyro_sam.perturbation import Adversarial, Gaussian, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
-from pyro_sam.structure import Pair, Structures, dependence, signature, validate
+from pyro_sam.structure import Pair, Structures, dependence, noise_ends_there, signature, validate
 from pyro_sam.validation import non_negative
 
 ScaleGradient = Literal["perturbed", "mean"]
@@ -139,7 +139,10 @@ class SAM_ELBO(ELBO):
 
     def _particle(self, step: Step, pair: Pair, law: Perturbation, kl_weight: float) -> Tensor | float:
         """Return the summed loss of one particle, or of all vectorised ones."""
-        e = law.noise(step)
+        with kept_buffers(on_error_only=True):
+            return self._loss_at(step, pair, law, law.noise(step), kl_weight)
+
+    def _loss_at(self, step: Step, pair: Pair, law: Perturbation, e: Tensor, kl_weight: float) -> Tensor | float:
         at_mean = self.scale_gradient == "mean" and law is self.perturbation
         ordinary = step.is_gaussian(e)
         # the first time, the run keeps the noise in its graph to see whether the KL depends on it
@@ -153,7 +156,7 @@ class SAM_ELBO(ELBO):
         return loss + kl_weight * kl
 
     def _kl(self, step: Step, pair: Pair, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
-        key = signature(run.trace, model)
+        key = run.signature, signature(model)
         if key not in pair.dependence:
             tracked, its_model = (run, model) if run.tracked else step.trial_run(e)
             noise = [site.noise for site in tracked.sites.values()]
@@ -165,12 +168,21 @@ class SAM_ELBO(ELBO):
         return kl_loss(run.trace, model if model_there is None else model_there)
 
     def _inspect(self, pair: Pair, run: GuideRun, model: Trace) -> None:
-        key = signature(run.trace, model)
+        key = run.signature, signature(model)
         if key in pair.valid:
             return
         self._check_hide(run)
         validate(run.trace, model, self.max_plate_nesting)
         pair.valid.add(key)
+
+    def _noise_ends_there(self, pair: Pair, run: GuideRun, at: Callable[[Mapping[str, Tensor]], GuideRun]) -> bool:
+        known = pair.noise_ends_there
+        if run.signature not in known:
+            if not run.tracked:
+                return False
+            elsewhere = at({name: site.noise + 1 for name, site in run.sites.items()})
+            known[run.signature] = noise_ends_there(run.trace, elsewhere.trace, run.sites)
+        return known[run.signature]
 
     def _is_hidden(self, name: str) -> bool:
         return self.hide(name) if callable(self.hide) else name in self.hide
@@ -227,6 +239,7 @@ class SAM_ELBO(ELBO):
                     hidden=self._is_hidden,
                     scope=self.scope,
                     inspect=partial(self._inspect, pair),
+                    noise_ends_there=partial(self._noise_ends_there, pair),
                 ),
                 pair,
             )

@@ -168,7 +168,7 @@ class NoiseMessenger(Messenger):
             return
         name, fn = msg["name"], msg["fn"]
         if site_is_subsample(msg):
-            hold_subsample(msg, self._held)
+            hold_subsample(msg, self._held, self._bookmarks)
             return
         reason = why_not_gaussian(fn)
         if reason is not None:
@@ -182,20 +182,12 @@ class NoiseMessenger(Messenger):
             msg["value"], site = place(fn, lambda core: self._noise(name, core), self._detach_scale)
             self.sites[name] = replace(site, scale=None) if _is_whitened(msg, site) else site
         msg["done"] = True
-        self._keep_stream(name)
+        _keep_stream(name, self._bookmarks)
 
     def _hidden_noise(self, name: str, core: CoreNormal) -> Tensor:
         if name not in self._held:
             self._held[name] = standard_normal(core)
         return self._held[name]
-
-    def _keep_stream(self, name: str) -> None:
-        if self._bookmarks is None:
-            return
-        if name in self._bookmarks:
-            self._bookmarks[name].restore()
-        else:
-            self._bookmarks[name] = RandomState.capture()
 
 
 class ReplayMessenger(Messenger):
@@ -204,13 +196,21 @@ class ReplayMessenger(Messenger):
     Args:
         values: The guide's messages by site name.
         held: Indices of the model's subsampling plates. Filled by the first run, used by later ones.
+        bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
         free: Name of the one latent site that the model may sample itself, for predictions.
     """
 
-    def __init__(self, values: Mapping[str, Any], held: dict[str, Tensor], free: str | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        held: dict[str, Tensor],
+        bookmarks: dict[str, RandomState] | None = None,
+        free: str | None = None,
+    ) -> None:
         super().__init__()
         self._values = values
         self._held = held
+        self._bookmarks = bookmarks
         self._free = free
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -221,16 +221,28 @@ class ReplayMessenger(Messenger):
             msg["value"], msg["infer"], msg["done"] = site["value"], site["infer"], True
         elif site_is_subsample(msg):
             if msg["value"] is None:
-                hold_subsample(msg, self._held)
+                hold_subsample(msg, self._held, self._bookmarks)
         elif msg["value"] is None and msg["name"] != self._free:
             _refuse_missing(msg["name"], msg["fn"], self._values)
 
 
-def hold_subsample(msg: Any, held: dict[str, Tensor]) -> None:
-    """Give a subsampling plate the indices that it drew the first time."""
-    # drawn anew all the same, so that the random stream advances as it did
-    drawn = msg["fn"](*msg["args"], **msg["kwargs"])
-    msg["value"], msg["done"] = held.setdefault(msg["name"], drawn), True
+def hold_subsample(msg: Any, held: dict[str, Tensor], bookmarks: dict[str, RandomState] | None) -> None:
+    """Give a subsampling plate the indices that it drew the first time, and leave the random stream as it did then."""
+    name = msg["name"]
+    if name not in held:
+        held[name] = msg["fn"](*msg["args"], **msg["kwargs"])
+    _keep_stream(name, bookmarks)
+    msg["value"], msg["done"] = held[name], True
+
+
+def _keep_stream(name: str, bookmarks: dict[str, RandomState] | None) -> None:
+    """Jump to where the random stream was after ``name`` the first time, or make a note of it."""
+    if bookmarks is None:
+        return
+    if name in bookmarks:
+        bookmarks[name].restore()
+    else:
+        bookmarks[name] = RandomState.capture()
 
 
 def _is_whitened(msg: Any, site: NoiseSite) -> bool:

@@ -4,9 +4,9 @@ All passes of a step share the minibatch, the dropout masks and the samples of u
 the random stream to where the first one began.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from torch.distributions import Normal
 
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss
-from pyro_sam.noise import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, standard_normal, zero_noise
+from pyro_sam.noise import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, place, standard_normal, zero_noise
 from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
 from pyro_sam.rng import RandomState, rewound
+from pyro_sam.structure import signature
 
 Scope = Literal["global", "site", "event"]
 SCOPES: tuple[str, ...] = ("global", "site", "event")
@@ -28,12 +29,33 @@ SCOPES: tuple[str, ...] = ("global", "site", "event")
 
 @dataclass(frozen=True)
 class GuideRun:
-    """A guide's trace, the sites where noise was placed (in order), and why the others were left alone."""
+    """A guide's trace, the sites where noise was placed (in order), and why the others were left alone.
+
+    Args:
+        trace: The trace.
+        sites: Where noise was placed.
+        unperturbed: Reasons by the names of the other sites.
+        signature: What the run's structure is known by.
+        tracked: Whether the noise is a leaf of the graph.
+    """
 
     trace: Trace
     sites: dict[str, NoiseSite]
     unperturbed: dict[str, str]
+    signature: Hashable
     tracked: bool
+
+    def at(self, noise: Callable[[str], Tensor], *, tracked: bool, detach_scale: bool) -> "GuideRun":
+        """Return the run as it would be at other noise, of a guide in which nothing else depends on the noise."""
+        nodes, sites = self.trace.nodes.copy(), {}
+        for name, site in self.sites.items():
+            e = noise(name).detach().requires_grad_(tracked)
+            value, sites[name] = place(nodes[name]["fn"], lambda core, e=e: e, detach_scale)  # type: ignore[misc]
+            sites[name] = replace(sites[name], scale=None) if site.scale is None else sites[name]
+            nodes[name] = {**nodes[name], "value": value}
+        trace = Trace()
+        trace.nodes = nodes
+        return GuideRun(trace, sites, self.unperturbed, self.signature, tracked)
 
 
 class Step(NoiseSpace):
@@ -49,6 +71,8 @@ class Step(NoiseSpace):
         hidden: Tells from its name whether a guide site is left at its own random sample.
         scope: What one norm runs over.
         inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
+        noise_ends_there: Tells of a guide's run, and a way to run it at other noise, whether nothing but the values
+            of its Gaussian sites depends on the noise. Then the guide runs only once a step.
     """
 
     def __init__(
@@ -63,18 +87,22 @@ class Step(NoiseSpace):
         hidden: Callable[[str], bool],
         scope: Scope,
         inspect: Callable[[GuideRun, Trace], None],
+        noise_ends_there: Callable[[GuideRun, Callable[[Mapping[str, Tensor]], GuideRun]], bool],
     ) -> None:
         super().__init__(num_particles)
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        self._hidden, self._scope, self._inspect = hidden, scope, inspect
+        self._hidden, self._scope = hidden, scope
+        self._inspect, self._noise_ends_there = inspect, noise_ends_there
         self._many_passes = not isinstance(law, Gaussian)
         self._ascends = law.uses_gradient
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
+        self._model_bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
         self._guide_start: RandomState | None = None
         self._model_start: RandomState | None = None
         self._sites: dict[str, NoiseSite] = {}
-        self._first: tuple[Tensor, GuideRun] | None = None  # the first guide run, until a pass uses it
+        self._first: GuideRun | None = None  # the guide's first run, and its noise until a pass uses it
+        self._first_noise: Tensor | None = None
         self._mean: Tensor | None = None
         self._gaussian: Tensor | None = None
         self.mean_gradients: dict[str, Tensor] = {}
@@ -144,8 +172,7 @@ class Step(NoiseSpace):
             detach_scale: Whether the model's values have no gradient to the guide's scale.
         """
         run = self._guide_run(e, tracked=tracked, detach_scale=detach_scale)
-        with kept_buffers(on_error_only=True):
-            return run, self._model_run(run)
+        return run, self._model_run(run)
 
     def trial_run(self, e: Tensor) -> tuple[GuideRun, Trace]:
         """Run guide and model once more with the noise as leaves of the graph, to see what depends on it."""
@@ -164,25 +191,32 @@ class Step(NoiseSpace):
 
     def _draw(self, noise: Callable[[str, CoreNormal], Tensor]) -> Tensor:
         """Return the noise of all sites, flat; the first draw finds the sites by running the guide."""
-        if self._first is None and not self._sites:
+        if self._first is None:
             with torch.enable_grad() if self._ascends else nullcontext():
                 run = self._run_guide(noise, tracked=self._ascends, detach_scale=False)
             if not run.sites and self._many_passes:
                 raise ValueError(_no_gaussian_site(run.unperturbed))
-            self._sites = run.sites
-            self._first = self._flatten([site.noise for site in run.sites.values()]), run
-            return self._first[0]
+            self._first, self._sites = run, run.sites
+            self._first_noise = self._flatten([site.noise for site in run.sites.values()])
+            return self._first_noise
         return self._flatten([noise(name, site.core) for name, site in self._sites.items()])
 
     def _guide_run(self, e: Tensor, *, tracked: bool, detach_scale: bool = False) -> GuideRun:
-        if self._first is not None and self._first[0] is e and self._first[1].tracked == tracked and not detach_scale:
-            run, self._first = self._first[1], None
-            return run
+        first = self._first
+        if first is not None and e is self._first_noise and first.tracked == tracked and not detach_scale:
+            self._first_noise = None
+            return first
         parts = {
             name: part.reshape(site.noise.shape).to(site.noise.device, site.noise.dtype)
             for name, (site, part) in zip(self._sites, self._parts(e.detach()), strict=True)
         }
-        return self._run_guide(lambda name, core: parts[name], tracked=tracked, detach_scale=detach_scale)
+        if first is not None and self._noise_ends_there(first, self._rerun):
+            return first.at(parts.__getitem__, tracked=tracked, detach_scale=detach_scale)
+        return self._rerun(parts, tracked=tracked, detach_scale=detach_scale)
+
+    def _rerun(self, noise: Mapping[str, Tensor], *, tracked: bool = False, detach_scale: bool = False) -> GuideRun:
+        with kept_buffers():
+            return self._run_guide(lambda name, core: noise[name], tracked=tracked, detach_scale=detach_scale)
 
     def _run_guide(self, noise: Callable[[str, CoreNormal], Tensor], *, tracked: bool, detach_scale: bool) -> GuideRun:
         def leaf(name: str, core: CoreNormal) -> Tensor:
@@ -192,11 +226,11 @@ class Step(NoiseSpace):
         self._guide_start, stream = self._stream(self._guide_start)
         with stream, handler:
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
-        return GuideRun(trace, handler.sites, handler.unperturbed, tracked)
+        return GuideRun(trace, handler.sites, handler.unperturbed, signature(trace), tracked)
 
     def _model_run(self, run: GuideRun) -> Trace:
         self._model_start, stream = self._stream(self._model_start)
-        with stream, ReplayMessenger(run.trace.nodes, self._held):
+        with stream, ReplayMessenger(run.trace.nodes, self._held, self._model_bookmarks):
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
         self._inspect(run, trace)
         return trace

@@ -1,7 +1,7 @@
 """What is found out once about a model and a guide: that they fit together, and what in the KL depends on the noise."""
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
+from torch.distributions import Distribution, Transform
 
 from pyro_sam.loss import kl_loss, latent_sites, prior_log_prob
+from pyro_sam.noise import NoiseSite
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Pair:
     guide: Any
     valid: set[Hashable] = field(default_factory=set)
     dependence: dict[Hashable, Dependence] = field(default_factory=dict)
+    noise_ends_there: dict[Hashable, bool] = field(default_factory=dict)
 
 
 class Structures:
@@ -51,15 +54,14 @@ class Structures:
         return self._pairs[key]
 
 
-def signature(guide: Trace, model: Trace) -> Hashable:
-    """Return what must change for a new look at a pair: sites, their distributions' kinds and shapes, and plates.
+def signature(trace: Trace) -> Hashable:
+    """Return what must change for a new look at a trace: sites, their distributions' kinds and shapes, and plates.
 
     A distribution's kind has in it which operation each of its parameters came from, so that a prior whose parameter
     becomes another latent's value is met as a new one.
     """
     return tuple(
         (name, site["is_observed"], _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
-        for trace in (guide, model)
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
     )
@@ -104,13 +106,66 @@ def _warn_of_order(guide: Trace, model: Trace) -> None:
         )
 
 
-def dependence(guide: Trace, model: Trace, noise: list[Tensor]) -> Dependence:
+def dependence(guide: Trace, model: Trace, noise: Sequence[Tensor]) -> Dependence:
     """Find out from the graph of a run with the noise as its leaves."""
-    return Dependence(kl=_reaches(kl_loss(guide, model), noise), prior=_reaches(prior_log_prob(guide, model), noise))
+    kl, prior = kl_loss(guide, model), prior_log_prob(guide, model)
+    return Dependence(kl=_reach([kl], noise), prior=_reach([prior], noise))
 
 
-def _reaches(value: Tensor | float, noise: list[Tensor]) -> bool:
-    if not noise or not isinstance(value, Tensor) or not value.requires_grad:
+def noise_ends_there(guide: Trace, elsewhere: Trace, sites: Mapping[str, NoiseSite]) -> bool:
+    """Find out whether nothing in a guide but the values of its Gaussian sites depends on the noise.
+
+    Args:
+        guide: Trace of a run with the noise as its leaves: the graph shows what depends on it.
+        elsewhere: Trace of a run at other noise: a changed value shows what depends on it behind the graph's back.
+        sites: The Gaussian sites of the first.
+    """
+    here, there = _besides(guide, sites), _besides(elsewhere, sites)
+    if _reach(here, [site.noise for site in sites.values()]) or len(here) != len(there):
         return False
-    gradients = torch.autograd.grad(value, noise, retain_graph=True, allow_unused=True)
-    return any(gradient is not None for gradient in gradients)
+    return all(a.is_meta or torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def _besides(guide: Trace, sites: Collection[str]) -> list[Tensor]:
+    """Return the parameters of all distributions, and the values of all sites but ``sites``."""
+    found = []
+    for name, node in guide.nodes.items():
+        if node["type"] == "sample":
+            found += _tensors(node["fn"])
+            if name not in sites and isinstance(node["value"], Tensor):
+                found.append(node["value"])
+    return found
+
+
+def _tensors(fn: Any) -> list[Tensor]:
+    """Return the tensors that a distribution, the ones inside it and their transforms hold."""
+    found, seen, todo = [], set(), [fn]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif isinstance(item, Distribution | Transform) and id(item) not in seen:
+            seen.add(id(item))
+            # a transform's cache holds the last value that went through it, not what it is made of
+            todo += [value for name, value in vars(item).items() if not name.startswith("_cached")]
+    return found
+
+
+def _reach(values: Sequence[Any], noise: Sequence[Tensor]) -> bool:
+    """Return whether the graph of any of ``values`` has one of the leaves ``noise`` in it."""
+    leaves = {id(leaf) for leaf in noise}
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if any(id(tensor) in leaves for tensor in tensors):
+        return True
+    todo, seen = [tensor.grad_fn for tensor in tensors], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in leaves:  # the graph's end at a leaf
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False

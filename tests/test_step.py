@@ -286,3 +286,44 @@ def test_replaced_buffers_are_put_back_and_those_in_a_graph_keep_it_valid(law: p
     for step in (1, 2):
         elbo.loss_and_grads(model, guide)
         assert int(module.runs) == step
+
+
+def links(kind: str) -> Callable[[], None]:
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor(0.3))
+        a = pyro.sample("a", dist.Normal(loc, 0.5))
+        parent = {"none": loc, "graph": a, "detached": a.detach()}[kind]
+        pyro.sample("b", dist.Normal(parent, 0.2))
+
+    return guide
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("none", 1), ("graph", 2), ("detached", 2)])
+def test_the_guide_runs_again_only_where_something_in_it_follows_the_noise(kind: str, runs: int) -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.factor("data", -((a - 2 * b - 1) ** 2))
+
+    count = [0]
+    guide = links(kind)
+
+    def counted() -> None:
+        count[0] += 1
+        guide()
+
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.7), kl_weight=0.0)
+    first = elbo.loss_and_grads(model, counted)
+    count[0] = 0
+    again = elbo.loss_and_grads(model, counted)
+    assert count[0] == runs
+    # a = 0.3 + 0.5 e1, b = parent + 0.2 e2, u = -2 (a - 2 b - 1) (0.5 da, -0.4) at e = 0, negated for the loss
+    link = 0.0 if kind == "none" else 1.0
+    through_graph = 1.0 if kind == "graph" else 0.0
+    a, b = 0.3, 0.3
+    u = 2 * (a - 2 * b - 1) * torch.tensor([0.5 * (1 - 2 * through_graph), -0.4])
+    e = 0.7 * u / u.norm()
+    a = 0.3 + 0.5 * e[0]
+    b = (a if link else 0.3) + 0.2 * e[1]
+    assert first == pytest.approx(float((a - 2 * b - 1) ** 2), rel=1e-12)
+    assert again == pytest.approx(first, rel=1e-12)
