@@ -91,12 +91,15 @@ class MeanFieldNormal(AutoNormal):
 
     def _set_up_scales(self) -> None:
         self._transforms: dict[str, Transform | None] = {}
+        # looked up once: a PyroModule is slow to walk through
+        self._owners: dict[str, tuple[Any, Any]] = {}
         locs = {name: self._get_loc_and_scale(name)[0].detach() for name in self._event_dims}
         self.scales = PyroModule()
         for name, site in self._prototype_sites():
             self._check_stored(name, site)
             self._transforms[name] = _simplify(biject_to(site["fn"].support))
             self._set_scale(name, self._initial_scale(site, locs[name]))
+            self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
 
     def _check_stored(self, name: str, site: Any) -> None:
         # PyroModule takes what the store has under its name
@@ -105,7 +108,7 @@ class MeanFieldNormal(AutoNormal):
             return
         shape = list(biject_to(site["fn"].support).inv(site["value"]).shape)
         for frame in filter(attrgetter("vectorized"), site["cond_indep_stack"]):
-            shape[frame.dim - self._event_dims[name]] = frame.full_size
+            shape[frame.dim - self._event_dims[name]] = frame.full_size or frame.size
         found = store[full_name].shape
         if found != torch.Size(shape):
             raise ValueError(
@@ -140,18 +143,25 @@ class MeanFieldNormal(AutoNormal):
         if self.learn_scale:
             deep_setattr(self.scales, name, PyroParam(scale, self.scale_constraint, self._event_dims[name]))
             return
-        path, _, leaf = name.rpartition(".")
+        leaf = name.rpartition(".")[2]
         deep_setattr(self.scales, name, None)  # makes the modules on the way
-        owner = attrgetter(path)(self.scales) if path else self.scales
+        owner = _owner(self.scales, name)
         delattr(owner, leaf)
         owner.register_buffer(leaf, scale)
+
+    def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._owners:  # in the middle of setting up
+            return super()._get_loc_and_scale(name)
+        (locs, scales), leaf = self._owners[name], name.rpartition(".")[2]
+        return getattr(locs, leaf), getattr(scales, leaf)
 
     def _posterior(self, name: str) -> Any:
         loc, scale = self._get_loc_and_scale(name)
         event_dim, transform = self._event_dims[name], self._transforms[name]
         if not self.learn_scale:
             scale = pyro.subsample(scale, event_dim=event_dim)
-        normal = dist.Normal(loc, scale)
+        # scale is positive by its constraint, and a loc that is not finite shows in the loss
+        normal = dist.Normal(loc, scale, validate_args=False)
         if transform is None:
             return normal.to_event(event_dim)
         outer = 0
@@ -178,6 +188,12 @@ class MeanFieldNormal(AutoNormal):
                         stack.enter_context(plates[frame.name])
                 result[name] = pyro.sample(name, self._posterior(name))
         return result
+
+
+def _owner(module: PyroModule, name: str) -> Any:
+    """Return the module that has the last part of a dotted name."""
+    path = name.rpartition(".")[0]
+    return attrgetter(path)(module) if path else module
 
 
 def _check_init_scale(scale: Any, where: str) -> None:
