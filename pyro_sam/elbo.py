@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss, kl_loss
+from pyro_sam.minibatch import follow_minibatch
 from pyro_sam.perturbation import Adversarial, Gaussian, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
 from pyro_sam.structure import Pair, Structures, dependence, noise_ends_there, signature, validate
@@ -220,6 +221,7 @@ class SAM_ELBO(ELBO):
                 "noise; use a guide that is called on its own, such as MeanFieldNormal."
             )
         pair = self._structures.of(model, guide)
+        guide = follow_minibatch(model, guide, args, kwargs)
         count, together = self.num_particles, 1
         if self.vectorize_particles and self.num_particles > 1:
             if self.max_plate_nesting == float("inf"):

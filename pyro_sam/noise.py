@@ -218,6 +218,8 @@ class ReplayMessenger(Messenger):
             return
         site = self._values.get(msg["name"])
         if site is not None and site["type"] == "sample" and not site["is_observed"]:
+            if site_is_subsample(msg) and msg["value"] is not None:
+                _refuse_other_minibatch(msg["name"], msg["value"], site["value"])
             msg["value"], msg["infer"], msg["done"] = site["value"], site["infer"], True
         elif site_is_subsample(msg):
             if msg["value"] is None:
@@ -273,6 +275,15 @@ def _refuse_unreparameterised(name: str, fn: Any) -> None:
             f"guide site '{name}' has no reparameterised sampler ({type(unwrap(fn)).__name__}). "
             "Give it a distribution with rsample, such as a transformed Normal."
         )
+
+
+def _refuse_other_minibatch(name: str, given: Tensor, drawn: Tensor) -> None:
+    if given is drawn or (given.shape == drawn.shape and torch.equal(given, drawn)):
+        return
+    raise ValueError(
+        f"plate '{name}' has subsample=indices in the model, and other indices in the guide. Give the guide's plate "
+        "the same subsample (an autoguide: create_plates), or neither."
+    )
 
 
 def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:

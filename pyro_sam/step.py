@@ -47,14 +47,12 @@ class GuideRun:
 
     def at(self, noise: Callable[[str], Tensor], *, tracked: bool, detach_scale: bool) -> "GuideRun":
         """Return the run as it would be at other noise, of a guide in which nothing else depends on the noise."""
-        nodes, sites = self.trace.nodes.copy(), {}
+        trace, sites = self.trace.copy(), {}
         for name, site in self.sites.items():
             e = noise(name).detach().requires_grad_(tracked)
-            value, sites[name] = place(nodes[name]["fn"], lambda core, e=e: e, detach_scale)  # type: ignore[misc]
+            value, sites[name] = place(trace.nodes[name]["fn"], lambda core, e=e: e, detach_scale)  # type: ignore[misc]
             sites[name] = replace(sites[name], scale=None) if site.scale is None else sites[name]
-            nodes[name] = {**nodes[name], "value": value}
-        trace = Trace()
-        trace.nodes = nodes
+            trace.nodes[name] = {**trace.nodes[name], "value": value}
         return GuideRun(trace, sites, self.unperturbed, self.signature, tracked)
 
 
