@@ -5,10 +5,12 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
@@ -17,12 +19,21 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss, kl_loss
 from pyro_sam.minibatch import follow_minibatch
 from pyro_sam.perturbation import Adversarial, Gaussian, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
-from pyro_sam.structure import Pair, Structures, dependence, noise_ends_there, signature, validate
+from pyro_sam.structure import (
+    Pair,
+    Structures,
+    dependence,
+    noise_ends_there,
+    refuse_enumerated_priors,
+    signature,
+    validate,
+)
 from pyro_sam.validation import non_negative
 
 ScaleGradient = Literal["perturbed", "mean"]
@@ -38,6 +49,10 @@ class SAM_ELBO(ELBO):
     The KL is in closed form where torch knows it. Otherwise, and for priors whose parameters depend on perturbed
     latents, it is estimated at a Gaussian sample of the guide; that costs a run of the guide, and of the model
     without gradient of the likelihood where such priors are.
+
+    Discrete latents of the model that are marked for enumeration (:func:`pyro.infer.config_enumerate`) are summed out
+    of the likelihood, as in :class:`pyro.infer.TraceEnum_ELBO`, and the adversary climbs the sum; the guide leaves them
+    out.
 
     Args:
         perturbation: Law of the noise.
@@ -115,7 +130,7 @@ class SAM_ELBO(ELBO):
         """
         total: Tensor | float = 0.0
         for step, pair in self._steps(Gaussian(), model, guide, args, kwargs):
-            total = total + self._particle(step, pair, Gaussian(), kl_weight=1.0) / self.num_particles
+            total = total + self._particle(step, pair, Gaussian(), kl_weight=1.0)[1] / self.num_particles
         return _number(total)
 
     def differentiable_loss(
@@ -124,26 +139,53 @@ class SAM_ELBO(ELBO):
         """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
         total: Any = 0.0
         for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
-            total = total + self._particle(step, pair, self.perturbation, self.kl_weight) / self.num_particles
+            total = total + self._particle(step, pair, self.perturbation, self.kl_weight)[0] / self.num_particles
         return total
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
         total: Tensor | float = 0.0
         for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
-            particle = self._particle(step, pair, self.perturbation, self.kl_weight) / self.num_particles
-            if isinstance(particle, Tensor) and particle.requires_grad:
-                particle.backward(retain_graph=self.retain_graph)
-                particle = particle.detach()
-            total = total + particle
+            loss, value = self._particle(step, pair, self.perturbation, self.kl_weight)
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                (loss / self.num_particles).backward(retain_graph=self.retain_graph)
+            total = total + value / self.num_particles
         return _number(total)
 
-    def _particle(self, step: Step, pair: Pair, law: Perturbation, kl_weight: float) -> Tensor | float:
-        """Return the summed loss of one particle, or of all vectorised ones."""
+    def _particle(
+        self, step: Step, pair: Pair, law: Perturbation, kl_weight: float
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """Return the summed loss of one particle, or of all vectorised ones: with its graph, and its bare value."""
         with kept_buffers(on_error_only=True):
-            return self._loss_at(step, pair, law, law.noise(step), kl_weight)
+            # a new pair of model and guide is met under torch's own checks, which point at the user's own line
+            if pair.valid and checks.enabled():
+                return self._checked_afterwards(step, pair, law, kl_weight)
+            loss, _ = self._loss_at(step, pair, law, law.noise(step), kl_weight)
+            return loss, _value(loss)
 
-    def _loss_at(self, step: Step, pair: Pair, law: Perturbation, e: Tensor, kl_weight: float) -> Tensor | float:
+    def _checked_afterwards(
+        self, step: Step, pair: Pair, law: Perturbation, kl_weight: float
+    ) -> tuple[Tensor | float, Tensor | float]:
+        e = None
+        try:
+            with checks.postponed():
+                e = law.noise(step)
+                loss, holds = self._loss_at(step, pair, law, e, kl_weight)
+        except (IndexError, RuntimeError, ValueError):
+            step.check(e)  # says it better, where what torch would have checked is the cause
+            raise
+        if holds is None or not isinstance(loss, Tensor):
+            return loss, _value(loss)
+        # the step's one wait for the device
+        value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
+        if not (all_hold and math.isfinite(value)):
+            step.check(e)
+        return loss, value
+
+    def _loss_at(
+        self, step: Step, pair: Pair, law: Perturbation, e: Tensor, kl_weight: float
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """Return the loss at noise ``e``, and whether what torch would have checked holds (None if postponed none)."""
         at_mean = self.scale_gradient == "mean" and law is self.perturbation
         ordinary = step.is_gaussian(e)
         # the first time, the run keeps the noise in its graph to see whether the KL depends on it
@@ -151,10 +193,9 @@ class SAM_ELBO(ELBO):
         loss = data_loss(model)
         if at_mean:
             loss = loss + _scale_gradient_at_mean(run, step.mean_gradients)
-        if kl_weight == 0:
-            return loss
-        kl = kl_loss(run.trace, model) if ordinary else self._kl(step, pair, e, run, model)
-        return loss + kl_weight * kl
+        if kl_weight != 0:
+            loss = loss + kl_weight * (kl_loss(run.trace, model) if ordinary else self._kl(step, pair, e, run, model))
+        return loss, None if checks.enabled() else checks.conditions(run.trace, model)
 
     def _kl(self, step: Step, pair: Pair, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
         key = run.signature, signature(model)
@@ -173,6 +214,8 @@ class SAM_ELBO(ELBO):
         if key in pair.valid:
             return
         self._check_hide(run)
+        if not (isinstance(self.perturbation, Gaussian) and self.kl_weight == 1):
+            refuse_enumerated_priors(model)
         validate(run.trace, model, self.max_plate_nesting)
         pair.valid.add(key)
 
@@ -222,11 +265,10 @@ class SAM_ELBO(ELBO):
             )
         pair = self._structures.of(model, guide)
         guide = follow_minibatch(model, guide, args, kwargs)
+        nesting = partial(self._finite_max_plate_nesting, model, guide, args, kwargs)
         count, together = self.num_particles, 1
         if self.vectorize_particles and self.num_particles > 1:
-            if self.max_plate_nesting == float("inf"):
-                with kept_buffers():
-                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+            nesting()
             model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
             count, together = 1, self.num_particles
         for _ in range(count):
@@ -240,11 +282,20 @@ class SAM_ELBO(ELBO):
                     law=law,
                     hidden=self._is_hidden,
                     scope=self.scope,
+                    trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
                     inspect=partial(self._inspect, pair),
                     noise_ends_there=partial(self._noise_ends_there, pair),
                 ),
                 pair,
             )
+
+    def _finite_max_plate_nesting(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int:
+        if self.max_plate_nesting == float("inf"):
+            with kept_buffers():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+        return int(self.max_plate_nesting)
 
 
 def _names(names: Collection[str]) -> frozenset[str]:
@@ -255,8 +306,12 @@ def _names(names: Collection[str]) -> frozenset[str]:
     return frozenset(names)
 
 
+def _value(loss: Tensor | float) -> Tensor | float:
+    return loss.detach() if isinstance(loss, Tensor) else loss
+
+
 def _number(loss: Tensor | float) -> float:
-    number: Any = torch_item(loss)  # the step's one wait for the device
+    number: Any = torch_item(loss)
     warn_if_nan(number, "loss")
     return float(number)
 

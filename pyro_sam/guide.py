@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.transforms import Transform
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.infer.autoguide.utils import deep_setattr
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
+from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
+from pyro_sam.enumeration import is_marked
 
 
 def init_to_value_or_feasible(site: Any = None) -> Any:
@@ -37,7 +40,8 @@ class MeanFieldNormal(AutoNormal):
     A latent with real support gets a plain Normal at its own name, so its KL has a closed form under a Gaussian prior;
     :class:`pyro.infer.autoguide.AutoNormal` samples an auxiliary site and a Delta, whose KL is estimated. A constrained
     latent gets the Normal pushed forward through Pyro's bijection to its support; loc and scale are then those of the
-    unconstrained value.
+    unconstrained value. Discrete latents that are marked for enumeration are left out:
+    :class:`~pyro_sam.SAM_ELBO` sums over them.
 
     Parameters are stored per latent, as ``locs.NAME`` and ``scales.NAME`` (softplus of what the optimiser moves).
 
@@ -64,7 +68,9 @@ class MeanFieldNormal(AutoNormal):
         learn_scale: bool = True,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates)
+        # a site that is summed out is not the guide's
+        continuous = poutine.block(model, hide_fn=is_marked)
+        super().__init__(continuous, init_loc_fn=init_loc_fn, create_plates=create_plates)
         if not callable(init_scale):
             _check_init_scale(init_scale, "")
         self.init_scale = init_scale
@@ -161,7 +167,7 @@ class MeanFieldNormal(AutoNormal):
         if not self.learn_scale:
             scale = pyro.subsample(scale, event_dim=event_dim)
         # scale is positive by its constraint, and a loc that is not finite shows in the loss
-        normal = dist.Normal(loc, scale, validate_args=False)
+        normal = checks.trust(dist.Normal(loc, scale, validate_args=False))
         if transform is None:
             return normal.to_event(event_dim)
         outer = 0

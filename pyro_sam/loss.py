@@ -10,20 +10,30 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_sam.enumeration import depends_on, enumerated_dims, is_enumerated, marginal_log_prob
 from pyro_sam.noise import unwrap
 
 
 def data_loss(model: Trace) -> Tensor | float:
-    """Return minus the sum of the log probabilities of observed sites and factors, scaled and masked."""
-    return -model.log_prob_sum(lambda name, site: site["is_observed"])
+    """Return minus the sum of the log probabilities of observed sites and factors, scaled and masked.
+
+    Enumerated sites are summed out.
+    """
+    if enumerated_dims(model):
+        return -marginal_log_prob(model)
+    total: Tensor | float = 0.0
+    for site in model.nodes.values():
+        if site["type"] == "sample" and site["is_observed"]:
+            total = total - _log_prob(site, site["value"])
+    return total
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
-    """Return the latent sample sites of a trace."""
+    """Return the latent sample sites of a trace, without enumerated ones."""
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        if site["type"] == "sample" and not (site["is_observed"] or site_is_subsample(site) or is_enumerated(site))
     }
 
 
@@ -38,10 +48,14 @@ def kl_loss(guide: Trace, model: Trace) -> Tensor | float:
         guide: Trace of the guide.
         model: Trace of the model; only its distributions are read, not its values.
     """
-    latents = latent_sites(model)
+    latents, dims = latent_sites(model), enumerated_dims(model)
     kl: Tensor | float = 0.0
     for name, prior in latents.items():
         site = guide.nodes[name]
+        if depends_on(prior, dims):
+            # the prior is inside of the sum over the enumerated sites
+            kl = kl + _log_prob(site, site["value"])
+            continue
         exact = _closed_form(site, prior)
         if exact is None:
             exact = _log_prob(site, site["value"]) - _log_prob(prior, site["value"])

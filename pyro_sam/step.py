@@ -68,6 +68,7 @@ class Step(NoiseSpace):
         law: The law that will choose the noise.
         hidden: Tells from its name whether a guide site is left at its own random sample.
         scope: What one norm runs over.
+        trace_model: Traces the model, given it, ``args`` and ``kwargs``.
         inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
         noise_ends_there: Tells of a guide's run, and a way to run it at other noise, whether nothing but the values
             of its Gaussian sites depends on the noise. Then the guide runs only once a step.
@@ -84,13 +85,14 @@ class Step(NoiseSpace):
         law: Perturbation,
         hidden: Callable[[str], bool],
         scope: Scope,
+        trace_model: Callable[..., Trace],
         inspect: Callable[[GuideRun, Trace], None],
         noise_ends_there: Callable[[GuideRun, Callable[[Mapping[str, Tensor]], GuideRun]], bool],
     ) -> None:
         super().__init__(num_particles)
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
         self._hidden, self._scope = hidden, scope
-        self._inspect, self._noise_ends_there = inspect, noise_ends_there
+        self._trace_model, self._inspect, self._noise_ends_there = trace_model, inspect, noise_ends_there
         self._many_passes = not isinstance(law, Gaussian)
         self._ascends = law.uses_gradient
         self._held: dict[str, Tensor] = {}
@@ -185,6 +187,13 @@ class Step(NoiseSpace):
             run = self._guide_run(e, tracked=False)
             return run, self._model_run(run) if with_model else None
 
+    def check(self, e: Tensor | None) -> None:
+        """Run guide and model under torch's own checks of their distributions, which raise; at noise 0 for None."""
+        with kept_buffers():
+            run = self._rerun(self._per_site(self.zeros() if e is None else e))
+            for trace in (run.trace, self._model_run(run)):
+                trace.compute_log_prob()
+
     # Passes
 
     def _draw(self, noise: Callable[[str, CoreNormal], Tensor]) -> Tensor:
@@ -204,10 +213,7 @@ class Step(NoiseSpace):
         if first is not None and e is self._first_noise and first.tracked == tracked and not detach_scale:
             self._first_noise = None
             return first
-        parts = {
-            name: part.reshape(site.noise.shape).to(site.noise.device, site.noise.dtype)
-            for name, (site, part) in zip(self._sites, self._parts(e.detach()), strict=True)
-        }
+        parts = self._per_site(e)
         if first is not None and self._noise_ends_there(first, self._rerun):
             return first.at(parts.__getitem__, tracked=tracked, detach_scale=detach_scale)
         return self._rerun(parts, tracked=tracked, detach_scale=detach_scale)
@@ -229,7 +235,7 @@ class Step(NoiseSpace):
     def _model_run(self, run: GuideRun) -> Trace:
         self._model_start, stream = self._stream(self._model_start)
         with stream, ReplayMessenger(run.trace.nodes, self._held, self._model_bookmarks):
-            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+            trace = self._trace_model(self._model, args=self._args, kwargs=self._kwargs)
         self._inspect(run, trace)
         return trace
 
@@ -244,6 +250,12 @@ class Step(NoiseSpace):
         sites = list(self._sites.values())
         sizes = [site.noise.numel() // self.num_particles for site in sites]
         return list(zip(sites, e.split(sizes, -1), strict=True))
+
+    def _per_site(self, e: Tensor) -> dict[str, Tensor]:
+        return {
+            name: part.reshape(site.noise.shape).to(site.noise.device, site.noise.dtype)
+            for name, (site, part) in zip(self._sites, self._parts(e.detach()), strict=True)
+        }
 
     def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         if not tensors:
