@@ -6,7 +6,7 @@ Independent, Masked, Expanded or an invertible TransformedDistribution. Such a s
 in torch's own order of random numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_sam.enumeration import EnumerableSite, is_marked
 from pyro_sam.rng import RandomState
 
 CoreNormal = td.Normal | td.MultivariateNormal | td.LowRankMultivariateNormal
@@ -197,7 +198,7 @@ class ReplayMessenger(Messenger):
         values: The guide's messages by site name.
         held: Indices of the model's subsampling plates. Filled by the first run, used by later ones.
         bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
-        free: Name of the one latent site that the model may sample itself, for predictions.
+        free: For predictions, names of the latent sites that the model may sample itself.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class ReplayMessenger(Messenger):
         values: Mapping[str, Any],
         held: dict[str, Tensor],
         bookmarks: dict[str, RandomState] | None = None,
-        free: str | None = None,
+        free: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self._values = values
@@ -224,8 +225,14 @@ class ReplayMessenger(Messenger):
         elif site_is_subsample(msg):
             if msg["value"] is None:
                 hold_subsample(msg, self._held, self._bookmarks)
-        elif msg["value"] is None and msg["name"] != self._free:
+        elif msg["value"] is None and msg["name"] not in (self._free or ()):
+            self._miss(msg)
+
+    def _miss(self, msg: Any) -> None:
+        if not is_marked(msg):
             _refuse_missing(msg["name"], msg["fn"], self._values)
+        if self._free is None:  # a prediction draws the site, a loss sums over it
+            raise EnumerableSite
 
 
 def hold_subsample(msg: Any, held: dict[str, Tensor], bookmarks: dict[str, RandomState] | None) -> None:
@@ -268,7 +275,7 @@ def _refuse_unreparameterised(name: str, fn: Any) -> None:
     if is_discrete(fn):
         raise ValueError(
             f"guide site '{name}' is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous latents. "
-            "Sum it out of the model, or keep it out of the guide."
+            "Have it summed out of the model (pyro.infer.config_enumerate), and keep it out of the guide."
         )
     if not getattr(fn, "has_rsample", False):
         raise ValueError(
@@ -290,7 +297,8 @@ def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:
     if is_discrete(fn):
         raise ValueError(
             f"latent site '{name}' of the model is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous "
-            "latents. Sum it out of the model, for example by dist.MixtureSameFamily."
+            "latents. Have it summed out, by pyro.infer.config_enumerate on the model or by "
+            "infer={'enumerate': 'parallel'} at the site, and keep it out of the guide."
         )
     if name in guide and guide[name]["type"] == "sample":
         raise ValueError(

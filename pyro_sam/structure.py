@@ -13,6 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_sam.enumeration import Enumeration, depends_on, enumerated_dims
 from pyro_sam.loss import kl_loss, latent_sites, prior_log_prob
 from pyro_sam.noise import NoiseSite
 
@@ -34,6 +35,7 @@ class Pair:
     valid: set[Hashable] = field(default_factory=set)
     dependence: dict[Hashable, Dependence] = field(default_factory=dict)
     noise_ends_there: dict[Hashable, bool] = field(default_factory=dict)
+    enumeration: Enumeration = field(default_factory=Enumeration)
 
 
 class Structures:
@@ -61,10 +63,14 @@ def signature(trace: Trace) -> Hashable:
     becomes another latent's value is met as a new one.
     """
     return tuple(
-        (name, site["is_observed"], _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
+        (name, site["is_observed"], _shape(site), _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
     )
+
+
+def _shape(site: Any) -> Hashable:
+    return getattr(site["value"], "shape", None)
 
 
 def _kind(fn: Any) -> Hashable:
@@ -92,6 +98,22 @@ def validate(guide: Trace, model: Trace, max_plate_nesting: float) -> None:
         for site in trace.nodes.values():
             if site["type"] == "sample":
                 check_site_shape(site, nesting)
+
+
+def refuse_enumerated_priors(model: Trace) -> None:
+    """Refuse latents whose prior depends on an enumerated site: likelihood and KL are then one term.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    dims = enumerated_dims(model)
+    for name, site in latent_sites(model).items():
+        if depends_on(site, dims):
+            raise ValueError(
+                f"the prior of latent site '{name}' depends on a site that is summed out, so that KL and likelihood "
+                "are one term; only Gaussian() with kl_weight=1 can do that. Write the prior as a mixture, for "
+                "example dist.MixtureSameFamily."
+            )
 
 
 def _warn_of_order(guide: Trace, model: Trace) -> None:
