@@ -14,7 +14,8 @@ from pyro_sam.perturbation import (
     NoiseSpace,
     Perturbation,
 )
-from pyro_sam.predict import Prediction, predict
+from pyro_sam.predict import predict
+from pyro_sam.prediction import Prediction
 
 __all__ = [
     "SAM_ELBO",
