@@ -275,6 +275,21 @@ def test_data_may_lie_along_an_outer_plate() -> None:
     assert at_once.log_prob(y).shape == (12, 3)
 
 
+def test_samples_that_run_at_once_stay_left_of_plates_that_the_observations_are_not_in() -> None:
+    bnn = ps.BayesianModule(nn.Linear(1, 1))
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("groups", 3, dim=-2):
+            pyro.sample("elsewhere", dist.Normal(0.0, 1.0))
+        mean = bnn(x[:, None]).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    prediction = ps.predict(model, fitted(model, X, X), X, num_samples=4, samples_at_once=4)
+    assert prediction.samples().shape == (4, 12)
+    assert prediction.mean.shape == prediction.log_prob(X).shape == (12,)
+
+
 def test_only_tensors_with_the_rows_of_the_first_are_cut() -> None:
     def model(data: dict[str, Tensor], basis: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(30), 1.0).to_event(1))
