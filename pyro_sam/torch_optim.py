@@ -1,0 +1,84 @@
+"""Make torch's optimisers and schedulers from what users give, with errors that say what is wrong with it."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def construct(constructor: Callable[..., Optimizer], params: Sequence[Tensor], args: dict[str, Any]) -> Optimizer:
+    """Return an optimiser of ``params``.
+
+    Raises:
+        ValueError: If it does not take ``args``.
+    """
+    try:
+        return constructor(params, **args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optim_args={args!r} do not fit {title(constructor)}: {error}") from error
+
+
+def needs_closure(constructor: Callable[..., Optimizer]) -> bool:
+    """Return whether a step of the optimiser evaluates the loss by itself, as LBFGS does."""
+    step = getattr(getattr(constructor, "func", constructor), "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if step is not None else None
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def can_fuse(constructor: Callable[..., Optimizer], args: dict[str, Any], param: Tensor) -> bool:
+    """Return whether the optimiser has a fused kernel for such a parameter."""
+    if "fused" not in inspect.signature(constructor).parameters:
+        return False
+    trial = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
+    trial.grad = torch.zeros_like(trial)
+    try:
+        constructor([trial], **args, fused=True).step()
+    except RuntimeError:  # no such kernel for this device or dtype; some versions of torch say so at a step only
+        return False
+    return True
+
+
+def title(constructor: Any) -> str:
+    """Return the name of a class or function for an error."""
+    return getattr(constructor, "__name__", repr(constructor))
+
+
+def check_constructor(constructor: Any) -> None:
+    """Raise ValueError unless it can make torch optimisers."""
+    is_class = isinstance(constructor, type) and issubclass(constructor, Optimizer)
+    of_pyro = isinstance(constructor, PyroOptim) or getattr(constructor, "__module__", "").startswith("pyro.optim")
+    if not is_class and (of_pyro or isinstance(constructor, Optimizer) or not callable(constructor)):
+        raise ValueError(
+            "optim_constructor must be a class of torch optimisers such as torch.optim.Adam, got "
+            f"{'one of Pyro, which holds an optimiser per parameter: ' if of_pyro else ''}{constructor!r}."
+        )
+
+
+def check_scheduler(scheduler: Any, interval: str) -> None:
+    """Raise ValueError unless it can make schedulers, and the interval is known."""
+    if interval not in ("epoch", "step"):
+        raise ValueError(f"scheduler_interval must be 'epoch' or 'step', got scheduler_interval={interval!r}.")
+    if scheduler is not None and (not callable(scheduler) or hasattr(scheduler, "optimizer")):
+        raise ValueError(
+            "scheduler must be a callable from the torch optimiser to a scheduler, such as lambda optimizer: "
+            f"torch.optim.lr_scheduler.StepLR(optimizer, step_size=10), got scheduler={scheduler!r}."
+        )
+
+
+def make_scheduler(constructor: Callable[..., Any], optimizer: Any) -> Any:
+    """Return a scheduler of the optimiser.
+
+    Raises:
+        ValueError: If more is needed to make one.
+    """
+    try:
+        return constructor(optimizer)
+    except TypeError as error:
+        raise ValueError(
+            f"scheduler={title(constructor)} cannot be made from the optimiser alone: {error}. Wrap it, as in "
+            "lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)."
+        ) from error
