@@ -49,6 +49,8 @@ def whole(text: str) -> int:
 
 
 _positive = number("a positive number", lambda value: value > 0)
+# far beyond any use; torch's optimisers fail in float32 somewhat above
+_rate = number("a positive number of at most 1e6", lambda value: 0 < value <= 1e6)
 _non_negative = number("a non-negative number", lambda value: value >= 0)
 _finite = number("a finite number", lambda value: True)
 
@@ -79,10 +81,11 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="how many seeds (3 means 0,1,2), or a list such as 0,5 [3]",
     )
     add("--device", default=_DEFAULTS.device, help="torch device, for example cuda [%(default)s]")
+    add("--threads", type=whole, default=_DEFAULTS.threads, help="threads of torch on the CPU [%(default)s]")
     add("--batch-size", type=whole, default=_DEFAULTS.batch_size, help="[%(default)s]")
     hidden = " ".join(map(str, _DEFAULTS.hidden))
     add("--hidden", nargs="+", default=[hidden], metavar="WIDTH", help=f"widths of the hidden layers [{hidden}]")
-    add("--lr", type=_positive, default=_DEFAULTS.lr, help="Adam's learning rate at the start [%(default)s]")
+    add("--lr", type=_rate, default=_DEFAULTS.lr, help="Adam's learning rate at the start [%(default)s]")
     add(
         "--kl-weight",
         type=_non_negative,
@@ -147,7 +150,7 @@ def radii(values: Sequence[str], chosen: Sequence[str]) -> dict[str, float]:
     """Return the radius of each chosen method that was given one.
 
     Raises:
-        UsageError: If a value is no non-negative number, or a method is not chosen or has no radius.
+        UsageError: If a value is no positive number, or a method is not chosen or has no radius.
     """
     from pyro_sam.study.methods import METHODS
 
@@ -206,4 +209,5 @@ def settings(args: argparse.Namespace, chosen: Sequence[str]) -> Settings:
         init_scale=args.init_scale,
         num_samples=args.num_samples,
         device=device(args.device),
+        threads=args.threads,
     )

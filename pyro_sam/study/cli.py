@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from pyro_sam.study import arguments
 from pyro_sam.study.catalogue import CATALOGUE
+from pyro_sam.study.output import OutputError, prepare
 from pyro_sam.study.tables import DataError
 
 if TYPE_CHECKING:
     from pyro_sam.study.results import Results
 
 _EXTRAS = ("sklearn", "mlxtend", "matplotlib", "tabulate", "torchmetrics", "tqdm")
+INTERRUPTED = 130  # what a shell reports of a command that SIGINT ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,17 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 if all went well, 1 if a run was stopped, 2 if it could not start, 130 if interrupted.
     """
-    from pyro_sam.study.results import OutputError
-
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("\npyro-sam: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (arguments.UsageError, DataError, OutputError) as error:
         print(f"pyro-sam {args.command}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\npyro-sam: interrupted; the finished runs are in results.json", file=sys.stderr)
-        return 130
     return status
 
 
@@ -57,13 +57,15 @@ def _compare(args: argparse.Namespace) -> int:
     chosen, seeds = arguments.methods(args.methods), arguments.seeds(args.seeds)
     settings = arguments.settings(args, chosen)
 
+    import torch
     from tqdm import tqdm
 
     from pyro_sam.study.compare import compare, total_gradients
     from pyro_sam.study.datasets import load_splits
-    from pyro_sam.study.results import prepare
+    from pyro_sam.study.results import FIGURE, RESULTS
 
-    out = prepare(args.out or Path("results") / args.dataset)
+    torch.set_num_threads(settings.threads)
+    out = prepare(args.out or Path("results") / args.dataset, (RESULTS, FIGURE))
     datasets = load_splits(args.dataset, seeds, args.data_dir)
     first = datasets[seeds[0]]
     print(f"{first.name}: {len(first.y_train)} training and {len(first.y_test)} test rows ({first.source})")
@@ -88,7 +90,7 @@ def _report(results: "Results", out: Path) -> int:
         return 0
     print(f"pyro-sam compare: stopped: {results.stopped['message']}", file=sys.stderr)
     print(f"The finished runs are in {out / RESULTS}.", file=sys.stderr)
-    return 1
+    return INTERRUPTED if results.stopped["what"] == "interrupted" else 1
 
 
 def _datasets(args: argparse.Namespace) -> int:

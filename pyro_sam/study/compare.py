@@ -24,21 +24,26 @@ def compare(
         out: Folder for ``results.json``; it exists.
         on_step: Called after each step with method, seed, gradients of the step and loss.
     Returns:
-        The results. If a run was stopped at a number that is not finite, ``stopped`` says where, and no run follows.
+        The results. If a run was stopped, by a number that is not finite or by Ctrl-C, ``stopped`` says where, and no
+        run follows.
     Raises:
         OutputError: If ``out`` cannot be written to any more.
     """
     results = Results(datasets, methods, settings)
+    results.save(out)  # what an earlier comparison left there must not pass for this one's
     for seed, dataset in datasets.items():
         for method in methods:
             try:
                 run = train(dataset, method, settings, seed, partial(on_step, method, seed))
             except Diverged as error:
                 results.stop(error)
-                results.save(out)
-                return results
-            results.runs.append(run)
+            except KeyboardInterrupt:
+                results.interrupt(method, seed)
+            else:
+                results.runs.append(run)
             results.save(out)
+            if results.stopped is not None:
+                return results
     return results
 
 

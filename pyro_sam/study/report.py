@@ -1,9 +1,11 @@
 """The comparison for a reader: a table and a figure."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_sam.study.evaluate import METRICS
+from pyro_sam.study.output import write
 from pyro_sam.study.results import FIGURE, Moments, Results
 
 if TYPE_CHECKING:
@@ -51,17 +53,21 @@ def figure(results: Results, out: Path) -> Path:
     methods = list(results.summary())
     palette = matplotlib.colormaps["tab10"]
     colors = {method: palette(k % 10) for k, method in enumerate(methods)}
-    canvas = FigureCanvasAgg(Figure(figsize=(13, 1.6 + 0.45 * max(len(methods), 5)), layout="constrained"))
-    left, middle, right = canvas.figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    canvas = FigureCanvasAgg(Figure(figsize=(12, 1.8 + 0.42 * max(len(methods), 5)), layout="constrained"))
+    left, middle, right = canvas.figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     for axes, metric in zip((left, middle), _SHOWN[results.task], strict=True):
         _dots(axes, results, metric, colors)
-    middle.set_yticklabels([])
+    middle.tick_params(labelleft=False)
     _curves(right, results, colors)
-    runs = f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
-    canvas.figure.suptitle(f"{results.name}: equal numbers of gradients, {runs}")
-    path = out / FIGURE
-    canvas.figure.savefig(path, dpi=150)
-    return path
+    canvas.figure.suptitle(f"{results.name}: {results.runs[0].gradients} gradients a run, {_count(results)}")
+    image = io.BytesIO()
+    canvas.figure.savefig(image, dpi=150, format="png")
+    return write(out / FIGURE, image.getvalue())
+
+
+def _count(results: Results) -> str:
+    seeds = len({run.seed for run in results.runs})
+    return "1 seed" if seeds == 1 else f"{seeds} seeds (a dot each, the bar is their mean)"
 
 
 def _dots(axes: "Axes", results: Results, metric: str, colors: dict[str, Any]) -> None:
@@ -70,7 +76,9 @@ def _dots(axes: "Axes", results: Results, metric: str, colors: dict[str, Any]) -
         axes.plot(values, [row] * len(values), "o", color=color, alpha=0.6, markersize=6)
         axes.plot(sum(values) / len(values), row, "|", color=color, markersize=20, markeredgewidth=2.5)
     axes.set_yticks(range(len(colors)), list(colors))
-    axes.invert_yaxis()
+    axes.set_ylim(len(colors) - 0.4, -0.6)  # the first method on top
+    axes.locator_params(axis="x", nbins=4)
+    axes.margins(x=0.1)
     axes.grid(axis="x", alpha=0.3)
     arrow = "higher" if METRICS[results.task][metric] else "lower"
     axes.set_xlabel(f"{_TITLES[metric]} ({arrow} is better)")
@@ -88,6 +96,17 @@ def _curves(axes: "Axes", results: Results, colors: dict[str, Any]) -> None:
     axes.set_xlabel("gradients")
     axes.set_ylabel(_TITLES[metric])
     if metric == "nll":
-        axes.set_yscale("log")
+        _plain_log_scale(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small", ncols=2)
+
+
+def _plain_log_scale(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    # powers of ten alone leave a curve of less than a decade without two labels
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -3,9 +3,7 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +14,13 @@ import numpy as np
 from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.evaluate import METRICS
 from pyro_sam.study.methods import METHODS
+from pyro_sam.study.output import write
 from pyro_sam.study.settings import Settings
 from pyro_sam.study.train import Diverged, Run
 
 RESULTS = "results.json"
 FIGURE = "compare.png"
 _PACKAGES = ("pyro-sam", "torch", "pyro-ppl", "numpy", "scikit-learn", "mlxtend", "torchmetrics")
-_PROBE_BYTES = 1 << 16
 
 
 class Moments(TypedDict):
@@ -31,27 +29,6 @@ class Moments(TypedDict):
     mean: float
     std: float | None
     runs: int
-
-
-class OutputError(RuntimeError):
-    """A folder that results cannot be written to."""
-
-
-def prepare(out: Path) -> Path:
-    """Create the results folder and prove that it can be written to.
-
-    Raises:
-        OutputError: If it cannot: no permission, no room, or a file in the way.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out, prefix=".probe-") as probe:
-            probe.write(bytes(_PROBE_BYTES))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise OutputError(f"--out {out} cannot be written to: {error.strerror or error}") from error
-    return out
 
 
 class Results:
@@ -86,6 +63,11 @@ class Results:
         keys = ("method", "seed", "step", "what", "last_finite_loss")
         self.stopped = {**{key: getattr(error, key) for key in keys}, "message": str(error)}
 
+    def interrupt(self, method: str, seed: int) -> None:
+        """Note that a run was interrupted."""
+        what = "interrupted"
+        self.stopped = {"method": method, "seed": seed, "what": what, "message": f"{method}, seed {seed}: {what}"}
+
     def values(self, method: str, metric: str) -> list[float]:
         """Return a metric of a method's finished runs, one value a seed."""
         return [run.metrics[metric] for run in self.runs if run.method == method]
@@ -119,15 +101,8 @@ class Results:
         Raises:
             OutputError: If the folder cannot be written to any more; an earlier file is left as it was.
         """
-        path, text = out / RESULTS, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False)
-        draft = out / f".{RESULTS}.draft"
-        try:
-            draft.write_text(text + "\n", encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-        return path
+        text = json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False)
+        return write(out / RESULTS, f"{text}\n".encode())
 
     def _method(self, name: str) -> dict[str, Any]:
         method = METHODS[name]

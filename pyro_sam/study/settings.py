@@ -23,6 +23,7 @@ class Settings:
         num_samples: Weight samples of the final test metrics.
         curve_points: Points of the learning curve of a run.
         device: Torch's name of the device.
+        threads: Threads of torch on the CPU. Small networks gain nothing from more, and lose much on a busy machine.
     """
 
     epochs: int = 60
@@ -33,8 +34,9 @@ class Settings:
     prior_std: float = 2.0
     rho: Mapping[str, float] = field(default_factory=dict)
     kappa: float = 1.0
-    alpha: float = 1.0
+    alpha: float = 10.0
     init_scale: float = 0.01
     num_samples: int = 64
     curve_points: int = 12
     device: str = "cpu"
+    threads: int = 1

@@ -64,7 +64,8 @@ def _image_tables(spec: Spec, *parts: tuple[Array, str]) -> tuple[Tables, str]:
     for (x, x_name), (y, y_name) in (parts[:2], parts[2:]):
         if x.dtype.kind not in "uif" or x.ndim < 2 or x[0:1].size not in (0, spec.features):
             raise DataError(f"{x_name} must hold images of {spec.features} pixels, got shape {x.shape} of {x.dtype}.")
-        tables.append(check(Table(x.reshape(len(x), -1), y, x_name, y_name), spec.num_classes))
+        table = Table(x.reshape(len(x), -1), _numbers(y, 1, y_name), x_name, y_name)
+        tables.append(check(table, spec.num_classes))
     return tuple(tables), parts[0][1].partition(", array")[0]
 
 

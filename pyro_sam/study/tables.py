@@ -86,7 +86,10 @@ def read_npz(path: Path, *names: str) -> Mapping[str, Array]:
         DataError: If the file is no such archive, or an array is missing or no array of numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} cannot be read as .npz: it holds one array without a name.")
+        with archive:
             missing = [name for name in names if name not in archive]
             if missing:
                 held = ", ".join(archive) or "nothing"
@@ -94,7 +97,7 @@ def read_npz(path: Path, *names: str) -> Mapping[str, Array]:
             return {name: archive[name] for name in names}
     except DataError:
         raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
 
 

@@ -84,7 +84,7 @@ def train(dataset: Dataset, method_name: str, settings: Settings, seed: int, on_
     Returns:
         The run.
     Raises:
-        Diverged: If a loss or a gradient is not finite.
+        Diverged: If a loss, a gradient or a test metric is not finite.
     """
     method = METHODS[method_name]
     dataset = dataset.to(torch.device(settings.device))
@@ -104,8 +104,12 @@ def _learn(run: Run, dataset: Dataset, method: Method, settings: Settings, on_st
     guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=method.guide == "learnt")
     guide.initialize(dataset.x_train[:1], dataset.y_train[:1])
     elbo = ps.SAM_ELBO(method.perturbation(settings), kl_weight=settings.kl_weight)
-    optimiser = _cosine(settings.lr, run.steps)
-    svi = SVI(model, guide, optimiser, loss=elbo.loss, loss_and_grads=_Guard(elbo, run))
+    optimiser, guard = _cosine(settings.lr, run.steps), _Guard(elbo, run)
+    svi = SVI(model, guide, optimiser, loss=elbo.loss, loss_and_grads=guard)
+
+    def measure(num_samples: int) -> dict[str, float]:
+        return guard.finite(lambda: _measure(model, guide, dataset, num_samples))
+
     cost = run.gradients // run.steps
     points = {round(k * run.steps / settings.curve_points) for k in range(1, settings.curve_points + 1)}
     losses: list[float] = []
@@ -116,10 +120,10 @@ def _learn(run: Run, dataset: Dataset, method: Method, settings: Settings, on_st
         run.seconds += time.perf_counter() - started
         on_step(cost, losses[-1])
         if step in points:
-            metrics = _measure(model, guide, dataset, _CURVE_SAMPLES)
-            run.curve.append({"gradients": step * cost, "loss": sum(losses) / len(losses), **metrics})
+            loss = sum(losses) / len(losses)
+            run.curve.append({"gradients": step * cost, "loss": loss, **measure(_CURVE_SAMPLES)})
             losses.clear()
-    run.metrics = _measure(model, guide, dataset, settings.num_samples)
+    run.metrics = measure(settings.num_samples)
 
 
 class _Guard:
@@ -132,12 +136,34 @@ class _Guard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> float:
         self._step += 1
-        loss = self._elbo.loss_and_grads(*args, **kwargs)
+        try:
+            loss = self._elbo.loss_and_grads(*args, **kwargs)
+        except ValueError as error:
+            # Pyro's own check met the number before the loss did
+            raise self._diverged(_first_line(error)) from error
         bad = _bad_gradients() if math.isfinite(loss) else f"the loss is {loss}"
         if bad:
-            raise Diverged(bad, self._run.method, self._run.seed, self._step, self._last)
+            raise self._diverged(bad)
         self._last = loss
         return loss
+
+    def finite(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return the test metrics that ``measure`` gives, if the network at hand still has any."""
+        try:
+            metrics = measure()
+        except ValueError as error:
+            raise self._diverged(_first_line(error)) from error
+        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise self._diverged(f"test {bad[0]}")
+        return metrics
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(what, self._run.method, self._run.seed, self._step, self._last)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(":.")
 
 
 def _bad_gradients() -> str:
