@@ -1,7 +1,8 @@
 """What :func:`~pyro_sam.predict` returns: an equal mixture of the likelihoods of posterior samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_sam.noise import unwrap
+from pyro_sam.validation import finite
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,23 @@ class Prediction:
             ValueError: If the likelihood has no distribution function, or ``y`` another shape.
         """
         pieces = zip(self.batches, self._split(y), strict=True)
-        try:
+        with self._explained("distribution function (cdf)"):
             return self._join([_mean(parts, partial(_cdf, y=piece)) for parts, piece in pieces])
-        except NotImplementedError as error:
-            raise ValueError(
-                f"a {type(unwrap(self.batches[0][0].fn)).__name__} likelihood has no distribution function (cdf); "
-                "use samples()."
-            ) from error
+
+    def quantile(self, q: float) -> Tensor:
+        r"""Return where the distribution function of the mixture is ``q``, by bisection.
+
+        Args:
+            q: Probability, between 0 and 1.
+        Returns:
+            Shape ``(N,)``.
+        Raises:
+            ValueError: If ``q`` is out of range, or the likelihood has no distribution function with an inverse.
+        """
+        if not 0 < finite("q", q) < 1:
+            raise ValueError(f"q must be between 0 and 1, got q={q!r}.")
+        with self._explained("distribution function with an inverse (icdf)"):
+            return self._join([_quantile(parts, q) for parts in self.batches])
 
     def samples(self) -> Tensor:
         """Draw one observation from the likelihood at each posterior sample: draws of the posterior predictive.
@@ -135,6 +147,14 @@ class Prediction:
         """
         with torch.no_grad():
             return self._join([_stack(parts, lambda fn: fn.sample()) for parts in self.batches], leading=1)
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except NotImplementedError as error:
+            kind = type(unwrap(self.batches[0][0].fn)).__name__
+            raise ValueError(f"a {kind} likelihood has no {what}; use samples().") from error
 
     def _join(self, statistics: list[Tensor], leading: int = 0) -> Tensor:
         """Put batches together; to the right of the batch dimensions are the event's, or the classes."""
@@ -184,6 +204,17 @@ def _log_prob(fn: Any, y: Tensor) -> Tensor:
             f"from {y.min().item():g} to {y.max().item():g}."
         ) from error
     return log_prob
+
+
+def _quantile(parts: list[SampledLikelihood], q: float) -> Tensor:
+    # between the smallest and the largest of the samples' own
+    own = _stack(parts, lambda fn: fn.icdf(fn.mean.new_tensor(q)))
+    low, high = own.amin(0), own.amax(0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = _mean(parts, partial(_cdf, y=middle)) < q
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def _cdf(fn: Any, y: Tensor) -> Tensor:

@@ -375,6 +375,12 @@ def test_what_cannot_predict_is_refused() -> None:
         ps.predict(no_plate, ps.MeanFieldNormal(no_plate).initialize(X, X), X)
 
 
+@pytest.mark.parametrize("q", [0.025, 0.5, 0.9])
+def test_quantile_inverts_the_distribution_function_of_the_mixture(q: float) -> None:
+    prediction = ps.predict(linear, fitted(linear, X, X, scale=3.0), X, num_samples=8, batch_size=5)
+    torch.testing.assert_close(prediction.cdf(prediction.quantile(q)), torch.full((12,), q))
+
+
 def test_what_a_prediction_does_not_have_is_explained() -> None:
     prediction = ps.predict(linear, fitted(linear, X, X), X, num_samples=2)
     with pytest.raises(ValueError, match="a Normal likelihood has no class probabilities; use mean and variance"):
@@ -392,3 +398,7 @@ def test_what_a_prediction_does_not_have_is_explained() -> None:
         classes.log_prob(y + 4 - y.min())
     with pytest.raises(ValueError, match=r"a Categorical likelihood has no distribution function \(cdf\)"):
         classes.cdf(y)
+    with pytest.raises(ValueError, match=r"has no distribution function with an inverse \(icdf\); use samples"):
+        classes.quantile(0.5)
+    with pytest.raises(ValueError, match=r"q must be between 0 and 1, got q=1"):
+        prediction.quantile(1)

@@ -1,0 +1,192 @@
+"""Pictures of training and of a posterior predictive. All take a matplotlib ``ax`` to draw on, and return it.
+
+They need matplotlib: ``pip install pyro-sam[plots]``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sam.landscape import Landscape
+from pyro_sam.metrics import top_class
+from pyro_sam.perturbation import unit
+from pyro_sam.prediction import Prediction
+from pyro_sam.validation import finite, positive_int
+
+
+def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] = ("loss",), *, ax: Any = None) -> Any:
+    """Draw what :func:`pyro_sam.fit` wrote down, over the course of training.
+
+    Args:
+        history: Values by name, one for each epoch.
+        keys: Names of the curves to draw.
+        ax: Axes to draw on; None for new ones.
+    Returns:
+        The axes.
+    Raises:
+        ValueError: If the history lacks a key.
+        ImportError: If matplotlib is missing.
+    """
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    if not isinstance(history, Mapping):
+        raise ValueError(f"history must be a mapping from names to values, such as fit returns, got {history!r}.")
+    unknown = [key for key in keys if key not in history]
+    if unknown or not keys:
+        raise ValueError(f"keys must name parts of the history, {', '.join(map(str, history))}, got {keys}.")
+    ax = _axes(ax)
+    for key in keys:
+        values = list(history[key])
+        # few points would hide between the line's ends
+        ax.plot(range(1, len(values) + 1), values, label=key, marker="o" if len(values) <= 20 else None, markersize=3)
+    ax.set_xlabel("epoch")
+    ax.locator_params(axis="x", integer=True)
+    if len(keys) > 1:
+        ax.legend(frameon=False)
+    else:
+        ax.set_ylabel(keys[0])
+    return ax
+
+
+def reliability_diagram(prediction: Prediction | Tensor, y: Tensor, *, num_bins: int = 15, ax: Any = None) -> Any:
+    """Draw how often the most probable class is right, against how probable it was said to be.
+
+    Bars show the accuracy in each bin of confidence, with the gap to the bin's mean confidence hatched: its area,
+    weighted by the bins' shares of the data (the narrow bars), is the expected calibration error.
+
+    Args:
+        prediction: Prediction, or class probabilities ``(N, classes)``, or ``(N,)`` of class 1.
+        y: Labels ``(N,)``.
+        num_bins: Number of equally wide bins from 0 to 1.
+        ax: Axes to draw on; None for new ones.
+    Returns:
+        The axes.
+    Raises:
+        ValueError: If ``num_bins`` is not positive, the probabilities are none, or the labels do not fit them.
+        ImportError: If matplotlib is missing.
+    """
+    positive_int("num_bins", num_bins)
+    confidence, correct = (tensor.detach().cpu().double() for tensor in top_class(prediction, y))
+    number = (confidence * num_bins).long().clamp(max=num_bins - 1)
+    count = number.bincount(minlength=num_bins).double()
+    seen = count > 0
+    accuracy = number.bincount(correct, minlength=num_bins)[seen] / count[seen]
+    claimed = number.bincount(confidence, minlength=num_bins)[seen] / count[seen]
+    share = count[seen] / len(confidence)
+    ece = (share * (accuracy - claimed).abs()).sum().item()
+    accuracy, claimed, share = accuracy.numpy(), claimed.numpy(), share.numpy()
+    ax = _axes(ax)
+    middle, width = ((torch.arange(num_bins)[seen] + 0.5) / num_bins).numpy(), 1 / num_bins
+    ax.bar(middle, accuracy, width, color="C0", alpha=0.6, edgecolor="white", label="accuracy")
+    gap = {"facecolor": "none", "edgecolor": "C3", "hatch": "///", "linewidth": 0.8}
+    ax.bar(middle, claimed - accuracy, 0.9 * width, bottom=accuracy, label=f"gap (ECE {ece:.3f})", **gap)
+    ax.bar(middle, share, 0.25 * width, color="0.2", label="share of the data")
+    ax.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
+    ax.legend(frameon=False, loc="upper left")
+    return ax
+
+
+def loss_slice(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    radius: float = 3.0,
+    num_points: int = 31,
+    ax: Any = None,
+) -> Any:
+    """Draw the data loss along two lines through the guide's mean: up its gradient, and in a random direction.
+
+    Args:
+        model: Pyro model.
+        guide: Its guide, trained.
+        *args: Arguments of both, with the observations.
+        radius: Half the length of the lines, in posterior standard deviations.
+        num_points: Number of losses on each line.
+        ax: Axes to draw on; None for new ones.
+    Returns:
+        The axes.
+    Raises:
+        ValueError: If a number is not positive, or the guide has no Gaussian site.
+        ImportError: If matplotlib is missing.
+    """
+    positive_int("num_points", num_points)
+    if finite("radius", radius) <= 0:
+        raise ValueError(f"radius must be positive, got radius={radius!r}.")
+    loss = Landscape(model, guide, args, "noise")
+    ax = _axes(ax)
+    steps = torch.linspace(-radius, radius, num_points).tolist()
+    lines = {"adversary": unit(loss.gradient(loss.zero)), "random direction": unit(torch.randn_like(loss.zero))}
+    for label, direction in lines.items():
+        ax.plot(steps, [loss.value(step * direction) for step in steps], label=label)
+    ax.axvline(0, color="0.4", linestyle="--", linewidth=1)
+    ax.set(xlabel="distance from the mean (posterior standard deviations)", ylabel="loss (nats)")
+    ax.legend(frameon=False)
+    return ax
+
+
+def regression_bands(
+    x: Tensor, prediction: Prediction, *, levels: Sequence[float] = (0.5, 0.95), data: Any = None, ax: Any = None
+) -> Any:
+    """Draw the predictive mean over one input, with central predictive intervals.
+
+    Args:
+        x: Inputs that were predicted at, shape ``(N,)`` or ``(N, 1)``, in any order.
+        prediction: Prediction at ``x`` of a real observation.
+        levels: Probabilities of the intervals. Where the likelihood has no quantile function they are those of
+            draws, so take many posterior samples.
+        data: Pair of inputs and observations to draw as dots; None for no dots.
+        ax: Axes to draw on; None for new ones.
+    Returns:
+        The axes.
+    Raises:
+        ValueError: If shapes differ, or a level is not between 0 and 1.
+        ImportError: If matplotlib is missing.
+    """
+    if not isinstance(prediction, Prediction):
+        raise ValueError(f"prediction must be a Prediction, of predict at x, got a {type(prediction).__name__}.")
+    mean = prediction.mean
+    if not isinstance(x, Tensor) or mean.dim() != 1 or x.numel() != len(mean):
+        raise ValueError(
+            f"x must have one number for each prediction, which must be of one number too, got "
+            f"{tuple(getattr(x, 'shape', ()))} and predictions of shape {tuple(mean.shape)}."
+        )
+    levels = [levels] if isinstance(levels, float) else list(levels)
+    if not all(0 < finite("levels", level) < 1 for level in levels):
+        raise ValueError(f"levels must be between 0 and 1, got levels={levels}.")
+    ax, order = _axes(ax), _array(x).argsort()
+    inputs = _array(x)[order]
+    for level in sorted(levels, reverse=True):
+        lower, upper = (_array(_quantile(prediction, (1 + sign * level) / 2))[order] for sign in (-1, 1))
+        ax.fill_between(inputs, lower, upper, color="C0", alpha=0.25, linewidth=0, label=f"{100 * level:g} % interval")
+    ax.plot(inputs, _array(mean)[order], color="C0", label="mean")
+    if data is not None:
+        ax.plot(*(_array(torch.as_tensor(part)) for part in data), "k.", markersize=4, label="data")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _quantile(prediction: Prediction, q: float) -> Tensor:
+    try:
+        return prediction.quantile(q)
+    except ValueError:
+        draws = torch.cat([prediction.samples() for _ in range(20)])
+        return draws.quantile(q, dim=0)
+
+
+def _array(values: Tensor) -> Any:
+    # matplotlib's arithmetic on tensors goes through a protocol of NumPy's that torch has only in part
+    return values.detach().cpu().reshape(-1).numpy()
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        if not hasattr(ax, "plot"):
+            raise ValueError(f"ax must be matplotlib axes, got {ax!r}.")
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install pyro-sam[plots]") from error
+    return plt.subplots(layout="constrained")[1]

@@ -1,0 +1,151 @@
+"""What the plots draw is what was measured; axes given are drawn on and returned."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import Quadratic
+from torch import Tensor
+
+import pyro_sam as ps
+from pyro_sam import metrics, plots
+
+
+@pytest.fixture(autouse=True)
+def canvas() -> Iterator[None]:
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax() -> Any:
+    return plt.figure().add_subplot()
+
+
+X = torch.linspace(-1, 1, 12)
+
+
+def regression(likelihood: Any, x: Tensor = X) -> ps.Prediction:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", likelihood(w * x), obs=y)
+
+    guide = ps.MeanFieldNormal(model, init_scale=0.5).initialize(x, x)
+    return ps.predict(model, guide, x, num_samples=100)
+
+
+def labels(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_training_curves_are_the_history(ax: Any) -> None:
+    history = {"loss": [3.0, 2.0, 1.5], "kl": [0.1, 0.2, 0.3], "grad_norm": [9.0, 8.0, 7.0]}
+    assert plots.training_curves(history, ax=ax) is ax
+    (line,) = ax.lines
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == history["loss"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
+    both = plots.training_curves(history, ("kl", "grad_norm"))
+    assert both is not ax
+    assert labels(both) == ["kl", "grad_norm"]
+    assert plots.training_curves(history, "kl").get_ylabel() == "kl"
+
+
+def test_reliability_diagram_shows_each_bin_and_the_calibration_error(ax: Any) -> None:
+    probs = torch.tensor([[0.9, 0.1], [0.85, 0.15], [0.3, 0.7], [0.4, 0.6], [1.0, 0.0]])
+    y = torch.tensor([0, 1, 1, 0, 0])
+    assert plots.reliability_diagram(probs, y, num_bins=5, ax=ax) is ax
+    accuracy, gap, share = ax.containers
+    # bins 0.6 to 0.8 (0.7 and 0.6: right, wrong) and 0.8 to 1 (0.9, 0.85 and 1: right, wrong, right)
+    assert [bar.get_x() + bar.get_width() / 2 for bar in accuracy] == pytest.approx([0.7, 0.9])
+    assert [bar.get_height() for bar in accuracy] == pytest.approx([1 / 2, 2 / 3])
+    assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx([0.65, 2.75 / 3])
+    assert [bar.get_height() for bar in share] == pytest.approx([2 / 5, 3 / 5])
+    error = metrics.ece(probs, y, num_bins=5)
+    assert f"gap (ECE {error:.3f})" in labels(ax)
+
+
+def test_loss_slice_goes_up_the_gradient_and_through_the_mean(ax: Any) -> None:
+    problem = Quadratic.random(4)
+    assert plots.loss_slice(problem.model(), problem.guide(), radius=2.0, num_points=9, ax=ax) is ax
+    adversary, chance, _ = ax.lines
+    u = problem.u(torch.zeros(4))
+    steps = torch.linspace(-2, 2, 9)
+    exact = [float(problem.loss(problem.loc + problem.scale * step * u / u.norm())) for step in steps]
+    assert list(adversary.get_xdata()) == pytest.approx(steps.tolist())
+    assert list(adversary.get_ydata()) == pytest.approx(exact)
+    assert chance.get_ydata()[4] == pytest.approx(exact[4])
+    assert chance.get_ydata()[8] < adversary.get_ydata()[8]
+    assert labels(ax) == ["adversary", "random direction"]
+
+
+@pytest.mark.parametrize("order", [torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))])
+def test_regression_bands_lie_between_quantiles_whatever_the_order(order: Tensor, ax: Any) -> None:
+    prediction = regression(lambda f: dist.Normal(f, 0.3), X[order])
+    assert plots.regression_bands(X[order], prediction, levels=[0.5, 0.9], data=(X, X**2), ax=ax) is ax
+    wide, narrow = (band.get_paths()[0].vertices for band in ax.collections)
+    for band, q in ((wide, 0.05), (narrow, 0.25)):
+        assert band[:, 1].min() == pytest.approx(float(prediction.quantile(q).min()))
+        assert band[:, 1].max() == pytest.approx(float(prediction.quantile(1 - q).max()))
+    mean, dots = ax.lines
+    assert list(mean.get_xdata()) == pytest.approx(X.tolist())
+    assert list(mean.get_ydata()) == pytest.approx(prediction.mean[order.argsort()].tolist())
+    assert list(dots.get_ydata()) == pytest.approx((X**2).tolist())
+    assert labels(ax) == ["90 % interval", "50 % interval", "mean", "data"]
+
+
+def test_regression_bands_without_a_quantile_function_are_those_of_draws(ax: Any) -> None:
+    scaled = regression(lambda f: dist.StudentT(1e6, 0.0 * f, 2.0))  # all but a Normal
+    plots.regression_bands(X, scaled, levels=0.5, ax=ax)  # type: ignore[arg-type]
+    band = ax.collections[0].get_paths()[0].vertices
+    upper = float(dist.Normal(0.0, 2.0).icdf(torch.tensor(0.75)))
+    assert band[:, 1].max() == pytest.approx(upper, rel=0.2)
+    assert band[:, 1].min() == pytest.approx(-upper, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: plots.training_curves({"loss": [1.0]}, ["los"]), r"keys must name parts of the history, loss, got"),
+        (lambda p: plots.training_curves({"loss": [1.0]}, []), r"keys must name parts of the history"),
+        (lambda p: plots.training_curves([1.0]), r"history must be a mapping from names to values"),
+        (lambda p: plots.training_curves({"loss": [1.0]}, ax=3), r"ax must be matplotlib axes, got 3"),
+        (lambda p: plots.reliability_diagram(p, X), r"a Normal likelihood has no class probabilities"),
+        (lambda p: plots.reliability_diagram(p, X, num_bins=0), r"num_bins must be a whole number of at least 1"),
+        (lambda p: plots.regression_bands(X[:3], p), r"x must have one number for each prediction, .* got \(3,\)"),
+        (lambda p: plots.regression_bands(X, X), r"prediction must be a Prediction, of predict at x, got a Tensor"),
+        (lambda p: plots.regression_bands(X, p, levels=[1.0]), r"levels must be between 0 and 1, got levels=\[1.0\]"),
+        (lambda p: plots.loss_slice(print, print, radius=0.0), r"radius must be positive, got radius=0.0"),
+        (lambda p: plots.loss_slice(print, print, num_points=0), r"num_points must be a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(call: Any, message: str) -> None:
+    prediction = regression(lambda f: dist.Normal(f, 0.3))
+    with pytest.raises(ValueError, match=message):
+        call(prediction)
+
+
+def test_without_matplotlib_the_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install pyro-sam\[plots\]"):
+        plots.training_curves({"loss": [1.0]})
+
+
+def test_importing_the_package_imports_no_extra() -> None:
+    extras = "{'matplotlib', 'scipy', 'torchmetrics', 'sklearn', 'tqdm', 'arviz'}"
+    # what torch or Pyro import by themselves is theirs
+    code = (
+        f"import sys, torch, pyro; before = set(sys.modules); import pyro_sam; {extras} & (set(sys.modules) - before)"
+    )
+    code = code.replace("; {'", "; print({'") + ")"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
