@@ -33,7 +33,7 @@ def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
     layers: list[torch.nn.Module] = []
     for width, following in pairwise(widths):
         layers += [torch.nn.Linear(width, following), torch.nn.ReLU()]
-    net = torch.nn.Sequential(*layers[:-1]).to(dataset.x_train.device)
+    net = torch.nn.Sequential(*layers[:-1]).to(dataset.x_train)  # its device and dtype
     bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal(settings.prior_std))
     num_rows = len(dataset.x_train)
 

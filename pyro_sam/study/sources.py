@@ -1,5 +1,6 @@
 """Fetching a data set: from the package that ships it, a file in the data folder, or OpenML."""
 
+import math
 import socket
 import warnings
 from pathlib import Path
@@ -62,9 +63,9 @@ def _idx_path(folder: Path, part: str) -> Path | None:
 def _image_tables(spec: Spec, *parts: tuple[Array, str]) -> tuple[Tables, str]:
     tables = []
     for (x, x_name), (y, y_name) in (parts[:2], parts[2:]):
-        if x.dtype.kind not in "uif" or x.ndim < 2 or x[0:1].size not in (0, spec.features):
+        if x.dtype.kind not in "uif" or x.ndim < 2 or math.prod(x.shape[1:]) != spec.features:
             raise DataError(f"{x_name} must hold images of {spec.features} pixels, got shape {x.shape} of {x.dtype}.")
-        table = Table(x.reshape(len(x), -1), _numbers(y, 1, y_name), x_name, y_name)
+        table = Table(x.reshape(len(x), spec.features), _numbers(y, 1, y_name), x_name, y_name)
         tables.append(check(table, spec.num_classes))
     return tuple(tables), parts[0][1].partition(", array")[0]
 
@@ -104,7 +105,7 @@ def _openml(spec: Spec, data_dir: Path | None) -> Table:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own cache
-            frame = fetch_openml(data_id=spec.openml_id, as_frame=True, n_retries=1, delay=0.0, parser="auto")
+            frame = fetch_openml(data_id=spec.openml_id, as_frame=True, n_retries=1, delay=0.5, parser="auto")
         # some copies carry a second target behind the inputs
         x = np.asarray(frame.data.iloc[:, : spec.features], dtype=float)
         y = np.asarray(frame.target, dtype=float)

@@ -86,10 +86,10 @@ def read_npz(path: Path, *names: str) -> Mapping[str, Array]:
         DataError: If the file is no such archive, or an array is missing or no array of numbers.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} cannot be read as .npz: it holds one array without a name.")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} cannot be read as .npz: it holds one array without a name.")
             missing = [name for name in names if name not in archive]
             if missing:
                 held = ", ".join(archive) or "nothing"
@@ -129,19 +129,18 @@ def read_csv(path: Path, features: int) -> Table:
         DataError: If the file is empty, a line is short, or a cell is no finite number (line and column are named).
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
-    if not lines:
+    rows = [(number, _cells(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise DataError(f"{path} is empty: a data set needs at least one row.")
-    rows = [_cells(line) for line in lines]
     width = features + 1
-    heading = rows.pop(0) if any(_number(cell) is None for cell in rows[0]) else []
+    heading = rows.pop(0)[1] if any(_number(cell) is None for cell in rows[0][1]) else []
     columns = (heading + [f"column {k + 1}" for k in range(len(heading), width)])[:width]
     if not rows:
         raise DataError(f"{path} is empty: it has a heading and no row.")
-    first = 2 if heading else 1
-    values = np.array([_values(path, first + k, row, columns) for k, row in enumerate(rows)])
+    values = np.array([_values(path, number, cells, columns) for number, cells in rows])
     return Table(values[:, :-1], values[:, -1], str(path), f"{path}, column {columns[-1]!r}", tuple(columns[:-1]))
 
 
