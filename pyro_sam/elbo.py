@@ -23,7 +23,7 @@ from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.loss import data_loss, kl_loss
 from pyro_sam.minibatch import follow_minibatch
-from pyro_sam.perturbation import Adversarial, Gaussian, Perturbation
+from pyro_sam.perturbation import Adversarial, Gaussian, Mixture, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
 from pyro_sam.structure import (
     Pair,
@@ -68,6 +68,8 @@ class SAM_ELBO(ELBO):
         max_plate_nesting: Largest number of nested plates, as in :class:`pyro.infer.ELBO`; found by a trial run
             if infinite and needed.
         retain_graph: Passed on to ``backward``.
+        sync_ascent: Whether to average the ascent gradient over all processes of ``torch.distributed``: one adversary
+            against the whole batch. Otherwise each process has its own against its share (m-sharpness, SAM's usual).
     Raises:
         ValueError: If an argument is out of its range.
     References:
@@ -86,6 +88,7 @@ class SAM_ELBO(ELBO):
         vectorize_particles: bool = False,
         max_plate_nesting: float = float("inf"),
         retain_graph: bool | None = None,
+        sync_ascent: bool = False,
     ) -> None:
         perturbation = Adversarial() if perturbation is None else perturbation
         if not isinstance(perturbation, Perturbation):
@@ -102,6 +105,11 @@ class SAM_ELBO(ELBO):
             )
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got scope={scope!r}.")
+        if sync_ascent and isinstance(perturbation, Mixture):
+            raise ValueError(
+                f"sync_ascent=True needs a law of the same passes everywhere, and processes of {perturbation!r} "
+                "may choose differently and wait for each other forever; use sync_ascent=False, or one law."
+            )
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(
                 f"num_particles must be a whole number of at least 1, got num_particles={num_particles!r}."
@@ -116,6 +124,7 @@ class SAM_ELBO(ELBO):
         self.kl_weight = non_negative("kl_weight", kl_weight)
         self.scale_gradient = scale_gradient
         self.scope = scope
+        self.sync_ascent = bool(sync_ascent)
         self.hide: Callable[[str], bool] | frozenset[str] = hide if callable(hide) else _names(hide)
         self._structures = Structures()
 
@@ -282,6 +291,7 @@ class SAM_ELBO(ELBO):
                     law=law,
                     hidden=self._is_hidden,
                     scope=self.scope,
+                    sync_ascent=self.sync_ascent,
                     trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
                     inspect=partial(self._inspect, pair),
                     noise_ends_there=partial(self._noise_ends_there, pair),

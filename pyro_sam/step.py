@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_sam.buffers import kept_buffers
+from pyro_sam.distributed import mean_over_ranks
 from pyro_sam.loss import data_loss
 from pyro_sam.noise import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, place, standard_normal, zero_noise
 from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
@@ -68,6 +69,7 @@ class Step(NoiseSpace):
         law: The law that will choose the noise.
         hidden: Tells from its name whether a guide site is left at its own random sample.
         scope: What one norm runs over.
+        sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
         trace_model: Traces the model, given it, ``args`` and ``kwargs``.
         inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
         noise_ends_there: Tells of a guide's run, and a way to run it at other noise, whether nothing but the values
@@ -85,13 +87,14 @@ class Step(NoiseSpace):
         law: Perturbation,
         hidden: Callable[[str], bool],
         scope: Scope,
+        sync_ascent: bool,
         trace_model: Callable[..., Trace],
         inspect: Callable[[GuideRun, Trace], None],
         noise_ends_there: Callable[[GuideRun, Callable[[Mapping[str, Tensor]], GuideRun]], bool],
     ) -> None:
         super().__init__(num_particles)
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        self._hidden, self._scope = hidden, scope
+        self._hidden, self._scope, self._sync_ascent = hidden, scope, sync_ascent
         self._trace_model, self._inspect, self._noise_ends_there = trace_model, inspect, noise_ends_there
         self._many_passes = not isinstance(law, Gaussian)
         self._ascends = law.uses_gradient
@@ -130,7 +133,8 @@ class Step(NoiseSpace):
             gradients = _gradients(loss, [*noises.values(), *samples.values()])
         if samples:
             self.mean_gradients = dict(zip(samples, gradients[len(noises) :], strict=True))
-        return self._flatten(gradients[: len(noises)])
+        u = self._flatten(gradients[: len(noises)])
+        return mean_over_ranks(u) if self._sync_ascent else u
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations, which only diagonal sites have."""
