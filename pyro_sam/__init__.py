@@ -1,6 +1,6 @@
 """Sharpness-aware variational inference for Pyro: an ELBO whose random sample is replaced by a chosen perturbation."""
 
-from pyro_sam import flatness, metrics, nn, optim, plots
+from pyro_sam import arviz, flatness, metrics, nn, optim, plots
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.nn import BayesianModule
@@ -30,6 +30,7 @@ __all__ = [
     "NoiseSpace",
     "Perturbation",
     "Prediction",
+    "arviz",
     "flatness",
     "metrics",
     "nn",

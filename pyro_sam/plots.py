@@ -75,13 +75,13 @@ def reliability_diagram(prediction: Prediction | Tensor, y: Tensor, *, num_bins:
     claimed = number.bincount(confidence, minlength=num_bins)[seen] / count[seen]
     share = count[seen] / len(confidence)
     ece = (share * (accuracy - claimed).abs()).sum().item()
-    accuracy, claimed, share = accuracy.numpy(), claimed.numpy(), share.numpy()
+    right, said = _array(accuracy), _array(claimed)
     ax = _axes(ax)
     middle, width = ((torch.arange(num_bins)[seen] + 0.5) / num_bins).numpy(), 1 / num_bins
-    ax.bar(middle, accuracy, width, color="C0", alpha=0.6, edgecolor="white", label="accuracy")
+    ax.bar(middle, right, width, color="C0", alpha=0.6, edgecolor="white", label="accuracy")
     gap = {"facecolor": "none", "edgecolor": "C3", "hatch": "///", "linewidth": 0.8}
-    ax.bar(middle, claimed - accuracy, 0.9 * width, bottom=accuracy, label=f"gap (ECE {ece:.3f})", **gap)
-    ax.bar(middle, share, 0.25 * width, color="0.2", label="share of the data")
+    ax.bar(middle, said - right, 0.9 * width, bottom=right, label=f"gap (ECE {ece:.3f})", **gap)
+    ax.bar(middle, _array(share), 0.25 * width, color="0.2", label="share of the data")
     ax.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
     ax.legend(frameon=False, loc="upper left")

@@ -30,7 +30,7 @@ def ax() -> Any:
     return plt.figure().add_subplot()
 
 
-X = torch.linspace(-1, 1, 12)
+X = torch.linspace(-1, 1, 12).double()
 
 
 def regression(likelihood: Any, x: Tensor = X) -> ps.Prediction:
