@@ -2,6 +2,7 @@
 
 from pyro_sam import arviz, flatness, metrics, nn, optim, plots
 from pyro_sam.elbo import SAM_ELBO
+from pyro_sam.fit import fit
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.nn import BayesianModule
 from pyro_sam.perturbation import (
@@ -31,6 +32,7 @@ __all__ = [
     "Perturbation",
     "Prediction",
     "arviz",
+    "fit",
     "flatness",
     "metrics",
     "nn",

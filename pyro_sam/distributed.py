@@ -1,6 +1,6 @@
 """Several processes under ``torch.distributed``: sums and means over all ranks, and what one rank tells the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ def average_gradients(params: Sequence[Tensor]) -> None:
     sizes = [gradient.numel() for gradient in gradients]
     for param, part in zip(params, flat.split(sizes), strict=True):
         param.grad = part.view_as(param).to(param)
+
+
+def mean_number(value: float) -> float:
+    """Return the mean of all ranks' numbers."""
+    return float(mean_over_ranks(torch.tensor(value, dtype=torch.float64))) if is_on() else value
+
+
+def broadcast(tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors with the first rank's, in the order of their names."""
+    for _, tensor in sorted(tensors.items()):
+        distributed.broadcast(tensor.data, 0)
 
 
 def gathered(value: Any) -> list[Any]:
