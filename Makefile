@@ -12,11 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.pyro-sam-installed
 
-.PHONY: help setup demo test lint dist clean
+.PHONY: help setup demo figure test lint dist clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   compare the methods on the digits data set (results in $(OUT))"
+	@echo "make figure run the demo and keep its figure for the README"
 	@echo "make test   run the whole suite: tests, README, tutorials"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   build the wheel and the sdist, and look into both"
@@ -40,6 +41,10 @@ demo: $(STAMP)
 	@echo "== comparing the methods on digits; results in $(OUT)"
 	@$(BIN)/pyro-sam compare digits --seeds 5 --out $(OUT) $(DEMO_ARGS)
 
+figure: demo
+	@mkdir -p docs
+	@cp $(OUT)/compare.png docs/compare_digits.png
+
 test: $(STAMP)
 	@echo "== running the tests, the README's examples and the tutorials"
 	@$(BIN)/python -m pytest tests README.md tutorials --nbmake $(TEST_ARGS)
@@ -54,8 +59,8 @@ dist: $(STAMP)
 	@echo "== building the wheel and the sdist"
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist . > /dev/null
-	@$(BIN)/python -m zipfile -l dist/*.whl | grep -q pyro_sam/py.typed
-	@$(BIN)/python -m tarfile -l dist/*.tar.gz | grep -q pyro_sam/py.typed
+	@$(BIN)/python -m zipfile -l dist/*.whl | grep pyro_sam/py.typed > /dev/null
+	@$(BIN)/python -m tarfile -l dist/*.tar.gz | grep pyro_sam/py.typed > /dev/null
 	@ls dist
 
 clean:

@@ -127,6 +127,16 @@ def test_an_interrupt_before_training_ends_with_status_130(
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    process = start("datasets")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
 def test_the_lists_name_every_data_set_and_method(capsys: pytest.CaptureFixture[str]) -> None:
     from pyro_sam.study.catalogue import CATALOGUE
     from pyro_sam.study.methods import METHODS

@@ -223,7 +223,7 @@ def test_the_figure_shows_every_method_and_the_values(tmp_path: Path, name: str,
 
     pixels = drawn(0.5, "mfvi", "sam")
     assert pixels.shape[0] >= 400
-    assert pixels.shape[1] >= 1500
+    assert pixels.shape[1] >= 1400
     for color in ((31, 119, 180), (255, 127, 14)):
         near = (abs(pixels - np.array(color) / 255) < 0.02).all(-1)
         thirds = np.array_split(near, 3, axis=1)

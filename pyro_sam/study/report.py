@@ -61,7 +61,7 @@ def figure(results: Results, out: Path) -> Path:
     _curves(right, results, colors)
     canvas.figure.suptitle(f"{results.name}: {results.runs[0].gradients} gradients a run, {_count(results)}")
     image = io.BytesIO()
-    canvas.figure.savefig(image, dpi=150, format="png")
+    canvas.figure.savefig(image, dpi=120, format="png")
     return write(out / FIGURE, image.getvalue())
 
 

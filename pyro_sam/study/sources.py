@@ -105,7 +105,7 @@ def _openml(spec: Spec, data_dir: Path | None) -> Table:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about its own cache
-            frame = fetch_openml(data_id=spec.openml_id, as_frame=True, n_retries=1, delay=0.5, parser="auto")
+            frame = fetch_openml(data_id=spec.openml_id, as_frame=True, n_retries=1, delay=0.1, parser="auto")
         # some copies carry a second target behind the inputs
         x = np.asarray(frame.data.iloc[:, : spec.features], dtype=float)
         y = np.asarray(frame.target, dtype=float)
