@@ -21,6 +21,7 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.enumeration import is_marked
+from pyro_sam.explain import explained
 
 
 def init_to_value_or_feasible(site: Any = None) -> Any:
@@ -76,6 +77,7 @@ class MeanFieldNormal(AutoNormal):
         self.init_scale = init_scale
         self.learn_scale = learn_scale
 
+    @explained
     def initialize(self, *args: Any, **kwargs: Any) -> "MeanFieldNormal":
         """Create the parameters, with the model's arguments, before the first step; a second call does nothing.
 

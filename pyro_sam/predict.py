@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pyro_sam.buffers import kept_buffers
+from pyro_sam.explain import explained
 from pyro_sam.noise import ReplayMessenger
 from pyro_sam.prediction import Prediction, SampledLikelihood
 from pyro_sam.rng import RandomState, rewound
@@ -24,6 +25,7 @@ from pyro_sam.validation import positive_int
 _PLATE = "_num_predictive_samples"
 
 
+@explained
 @torch.no_grad()
 def predict(
     model: Callable[..., Any],

@@ -1,0 +1,361 @@
+"""Common first mistakes, made as a new user makes them: each is answered with what to change, and nothing else is."""
+
+import copy
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.optim import Adam
+from torch import Tensor, nn
+
+import pyro_sam as ps
+from pyro_sam.explain import Data, explained, find_cure
+
+N, B, CLASSES = 60, 10, 3
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(N, 4)
+
+
+@pytest.fixture
+def y() -> Tensor:
+    return torch.randint(CLASSES, (N,))
+
+
+def scaled(x: Tensor) -> AbstractContextManager[Any]:
+    return pyro.plate("data", N, subsample_size=len(x))
+
+
+def categorical(outputs: Tensor) -> Any:
+    return dist.Categorical(logits=outputs)
+
+
+def normal(outputs: Tensor) -> Any:
+    return dist.Normal(outputs, 1.0)
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def regressor() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+
+
+def make(net: nn.Module | None = None, likelihood: Any = categorical, plate: Any = scaled) -> Any:
+    bnn = ps.BayesianModule(net or classifier())
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        outputs = bnn(x)
+        with plate(x):
+            pyro.sample("obs", likelihood(outputs), obs=y)
+
+    return model
+
+
+def train(
+    model: Any, x: Any, y: Any, steps: int = 2, batch: int = B, guide: Any = None, **settings: Any
+) -> list[float]:
+    if guide is None:
+        pyro.clear_param_store()
+        guide = ps.MeanFieldNormal(model, init_scale=0.02)
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), ps.SAM_ELBO(**settings))
+    rows = [slice(i * batch, (i + 1) * batch) for i in range(steps)]
+    return [svi.step(x[now], y[now]) for now in rows]
+
+
+def test_without_a_mistake_there_is_no_warning(x: Tensor, y: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(map(math.isfinite, train(make(), x, y, steps=6)))
+        train(make(), x[:55], y[:55], steps=6)  # a smaller last batch
+        train(make(regressor(), normal), x, torch.randn(N), kl_weight=0.3)
+        train(make(plate=lambda x: pyro.plate("data", len(x))), x, y, batch=N, steps=1)
+
+
+def test_missing_plate(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Site 'obs' has a value for each of the 10 rows, outside of a plate: sample"):
+        train(make(plate=lambda x: nullcontext()), x, y)
+
+
+def test_plate_of_the_batchs_own_size(x: Tensor, y: Tensor) -> None:
+    model = make(plate=lambda x: pyro.plate("data", len(x)))
+    with pytest.warns(
+        UserWarning, match=r"plate 'data' around site 'obs' has size 5 now and had 10 .* subsample_size="
+    ):
+        train(model, x[:55], y[:55], steps=6)
+
+
+def test_plate_of_the_batchs_own_size_is_right_for_evaluation_and_weights_of_the_kl(x: Tensor, y: Tensor) -> None:
+    model = make(plate=lambda x: pyro.plate("data", len(x)))
+    guide = ps.MeanFieldNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    svi.step(x, y)
+    svi.evaluate_loss(x[:7], y[:7])
+    train(model, x[:55], y[:55], steps=6, kl_weight=1 / 6)
+
+
+def test_plates_of_local_latents_may_differ_in_size() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + shift, 1.0))
+
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    svi.step(torch.randn(10))
+    svi.step(torch.randn(7))
+
+
+@pytest.mark.parametrize("plate", [lambda x: pyro.plate("data", N), lambda x: pyro.plate("data", N, subsample_size=7)])
+def test_forgotten_or_fixed_subsample_size(x: Tensor, y: Tensor, plate: Any) -> None:
+    with pytest.raises(ValueError, match=r"has 10 along that dimension: give the plate the size of the whole data set"):
+        train(make(plate=plate), x, y)
+
+
+def test_missing_to_event_in_the_likelihood(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"declare the dimension of size 2 as part of one data point: .*to_event\(1\)"):
+        train(make(nn.Linear(4, 2), normal), x, torch.randn(N, 2))
+
+
+def test_missing_to_event_in_a_prior(x: Tensor) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0))
+        with scaled(x):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"Dimensions of site 'w' are in no plate.*declare them: .*to_event\(1\)"):
+        train(model, x, torch.randn(N))
+
+
+def test_to_event_over_the_data(x: Tensor) -> None:
+    model = make(regressor(), lambda outputs: dist.Normal(outputs, 1.0).to_event(1))
+    with pytest.warns(UserWarning, match=r"each of the 10 elements of plate 'data', so they count 10 times. Leave out"):
+        train(model, x, torch.randn(N), steps=1)
+
+
+@pytest.mark.parametrize("labels", [(10,), (10, 1)])
+def test_output_and_labels_broadcast_against_each_other(x: Tensor, labels: tuple[int, ...]) -> None:
+    net, y = (nn.Linear(4, 1), torch.randn(N)) if labels == (10,) else (regressor(), torch.randn(N, 1))
+    with pytest.raises(ValueError, match=r"were broadcast against each other: .* bnn\(x\).squeeze\(-1\) or y.squeeze"):
+        train(make(net, normal), x, y)
+
+
+@pytest.mark.parametrize("row", [3, B + 3])
+def test_label_out_of_range_in_the_first_or_a_later_batch(x: Tensor, y: Tensor, row: int) -> None:
+    y[row] = CLASSES
+    with pytest.raises(
+        ValueError, match=r"whole numbers from 0 to 2, because the network has 3 outputs.* from \d to 3"
+    ):
+        train(make(), x, y)
+
+
+def test_labels_of_the_wrong_kind(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Labels .* not one-hot rows: give y.argmax\(-1\)"):
+        train(make(), x, nn.functional.one_hot(y, CLASSES))
+    with pytest.raises(ValueError, match=r"Labels or observations must be 0 or 1. Given: .* values from -1 to 1"):
+        train(make(regressor(), lambda f: dist.Bernoulli(logits=f)), x, 2.0 * (y % 2) - 1)
+    with pytest.raises(ValueError, match=r"observations .* to floating point, y.float\(\). Given: .* dtype int64"):
+        train(make(regressor(), lambda f: dist.Bernoulli(logits=f)), x, y % 2)
+    with pytest.raises(ValueError, match=r"observations of a Gamma must be in GreaterThanEq\(lower_bound=0"):
+        train(make(regressor(), lambda f: dist.Gamma(f.exp(), 1.0)), x, -torch.ones(N))
+    with pytest.raises(ValueError, match=r"take tensors, not NumPy arrays: give torch.as_tensor"):
+        train(make(), x, y.numpy())
+
+
+def test_inputs_of_the_wrong_kind(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"convert the inputs to the network's, .* dtype float32"):
+        train(make(), x.float(), y)
+    with pytest.raises(ValueError, match=r"convert the inputs to the network's, .* dtype int64"):
+        train(make(), x.long(), y)
+    with pytest.raises(ValueError, match=r"take tensors, not NumPy arrays"):
+        train(make(), x.numpy(), y)
+
+
+@pytest.mark.parametrize(("number", "what"), [(6, "number of batches"), (B, "batch size"), (N, "size of the data set")])
+def test_kl_weight_of_one_over_something_beside_a_scaled_plate(x: Tensor, y: Tensor, number: int, what: str) -> None:
+    with pytest.warns(UserWarning, match=rf"is 1 / the {what}, but the plate 'data' already scales the likelihood"):
+        train(make(), x, y, steps=1, kl_weight=1 / number)
+
+
+def test_kl_weight_of_one_over_the_length_of_a_loader(x: Tensor, y: Tensor) -> None:
+    model = make(plate=lambda x: pyro.plate("data", 55, subsample_size=len(x)))
+    with pytest.warns(UserWarning, match=r"is 1 / the number of batches, rounded up, but the plate"):
+        train(model, x, y, steps=1, kl_weight=1 / 6)
+
+
+def wide(law: ps.Perturbation, init_scale: float, **settings: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, CLASSES))  # 323 weights
+    model = make(net)
+    guide = ps.MeanFieldNormal(model, init_scale=init_scale)
+    train(model, torch.randn(N, 4), torch.zeros(N), steps=1, guide=guide, perturbation=law, **settings)
+
+
+@pytest.mark.parametrize("law", [ps.MixSAM(), ps.Adversarial(None), ps.Mixture([ps.Mean(), ps.MixSAM()], [0.5, 0.5])])
+def test_rho_none_with_a_wide_guide(law: ps.Perturbation) -> None:
+    with pytest.warns(
+        UserWarning, match=r"\(rho=None.*\) moves the 323 latent scalars by 1.8 .* init_scale=0.0056 and"
+    ):
+        wide(law, 0.1)
+
+
+def test_rho_none_is_right_for_narrow_guides_and_few_latents_and_many_particles() -> None:
+    wide(ps.MixSAM(), 0.0056)
+    wide(ps.MixSAM(1.0), 0.1)
+    wide(ps.MixSAM(), 0.04, num_particles=5, vectorize_particles=True)
+
+    def small(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with scaled(x):
+            pyro.sample("obs", dist.Normal((w * x).sum(-1), 1.0), obs=y)
+
+    guide = ps.MeanFieldNormal(small, init_scale=1.0)
+    train(small, torch.randn(N, 4), torch.randn(N), guide=guide, perturbation=ps.MixSAM())
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(torch.zeros(3), 1.0), lambda name, p: dist.Normal(torch.zeros(3), 1.0)])
+def test_prior_of_the_wrong_shape(x: Tensor, prior: Any) -> None:
+    with pytest.raises(ValueError, match=r"prior of 'weight' must be scalar or of the parameter's shape \(2, 4\), got"):
+        ps.BayesianModule(nn.Linear(4, 2), prior=prior)(x)
+
+
+def test_data_network_and_guide_on_different_devices(x: Tensor, y: Tensor) -> None:
+    message = r"on different devices. Move the network first, net.to\(device\).*device meta"
+    with pytest.raises(ValueError, match=message):
+        train(make(), x.to("meta"), y)
+    net = classifier()
+    model = make(net)
+    guide = ps.MeanFieldNormal(model).initialize(x, y)
+    net.to("meta")
+    with pytest.raises(ValueError, match=message):
+        train(model, x.to("meta"), y, guide=guide)
+
+
+@pytest.mark.parametrize("row", [3, B + 3])
+def test_nan_in_the_inputs_of_the_first_or_a_later_batch(x: Tensor, y: Tensor, row: int) -> None:
+    x[row, 1] = math.nan
+    with pytest.raises(ValueError, match=r"the first tensor, shape \(10, 4\), has NaN or infinity in row 3: clean"):
+        train(make(), x, y)
+
+
+@pytest.mark.parametrize("row", [3, B + 3])
+def test_nan_in_the_observations(x: Tensor, row: int) -> None:
+    y = torch.randn(N)
+    y[row : row + 2] = math.inf
+    with pytest.raises(ValueError, match=r"the second tensor, .* has NaN or infinity in row 3 and 1 more"):
+        train(make(regressor(), normal), x, y)
+
+
+def test_parameters_that_an_earlier_step_made_nan(x: Tensor, y: Tensor) -> None:
+    model = make()
+    guide = ps.MeanFieldNormal(model).initialize(x, y)
+    next(guide.parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"The batch is finite, so the parameters are not: an earlier step diverged"):
+        train(model, x, y, guide=guide)
+
+
+def test_outputs_given_as_probabilities(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Outputs of a network are no probabilities: .* dist.Categorical\(logits="):
+        train(make(likelihood=lambda outputs: dist.Categorical(probs=outputs)), x, y)
+
+
+def test_guide_started_without_observations(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Site 'obs' was not observed when the guide was started.* guide\(x, y\)"):
+        ps.MeanFieldNormal(make())(x[:B])
+    pyro.clear_param_store()
+    model = make(regressor(), normal)
+    guide = ps.MeanFieldNormal(model).initialize(x[:B])
+    with pytest.raises(ValueError, match=r"guide samples site 'obs', which the model observes.* make a new one, and"):
+        train(model, x, y.double(), guide=guide)
+
+
+def test_forgotten_obs(x: Tensor, y: Tensor) -> None:
+    def forgetful(net: nn.Module, likelihood: Any) -> Any:
+        model = make(net, likelihood)
+        return lambda x, y: model(x)
+
+    with pytest.raises(
+        ValueError, match=r"Site 'obs' was not observed when the guide was started.* obs=y in the model"
+    ):
+        train(forgetful(classifier(), categorical), x, y)
+    with pytest.warns(
+        UserWarning, match=r"The model observes nothing, so only the KL is learnt, though it subsamples data around obs"
+    ):
+        train(forgetful(regressor(), normal), x, y, steps=1)
+
+
+def test_module_called_inside_the_plate(x: Tensor, y: Tensor) -> None:
+    bnn = ps.BayesianModule(classifier())
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with scaled(x):
+            pyro.sample("obs", categorical(bnn(x)), obs=y)
+
+    with pytest.raises(ValueError, match=r"BayesianModule was called inside the plate 'data'"):
+        train(model, x, y)
+
+
+def test_empty_batch(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"The batch is empty: its first tensor has no rows. Look at what the loader"):
+        train(make(), x[:0], y[:0])
+
+
+def test_optimiser_that_is_no_pyro_optim(x: Tensor, y: Tensor) -> None:
+    model = make()
+    guide = ps.MeanFieldNormal(model).initialize(x, y)
+    with pytest.raises(ValueError, match=r"Optimizer should be an instance of pyro.optim.PyroOptim"):
+        SVI(model, guide, torch.optim.Adam(guide.parameters()), ps.SAM_ELBO())  # type: ignore[arg-type]
+
+
+def test_predictions_for_another_number_of_rows(x: Tensor, y: Tensor) -> None:
+    for plate, message in (
+        (lambda x: pyro.plate("data", N), r"Plate 'data' takes 60 rows at a time, but site 'obs' has 90 along that"),
+        (scaled, r"A plate was given more rows than its size.* N if y is not None else len\(x\)"),
+    ):
+        model = make(plate=plate)
+        guide = ps.MeanFieldNormal(model).initialize(x, y)
+        with pytest.raises(ValueError, match=message):
+            ps.predict(model, guide, torch.randn(90, 4))
+
+
+def test_unknown_errors_and_silent_validation_are_left_alone(x: Tensor, y: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        train(make(), torch.randn(N, 5), y)
+    with pyro.validation_enabled(False):
+        train(make(plate=lambda x: pyro.plate("data", len(x))), x[:55], y[:55], steps=6)
+
+
+def test_an_explained_error_is_explained_once_and_keeps_its_cause() -> None:
+    @explained
+    @explained
+    def run(x: Tensor) -> None:
+        raise RuntimeError("mat1 and mat2 must have the same dtype, but got Double and Float")
+
+    with pytest.raises(ValueError, match="must have the same dtype") as caught:
+        run(torch.zeros(3))
+    assert str(caught.value).count("convert the inputs") == 1
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_arguments_are_described_wherever_they_stand() -> None:
+    data = Data([{"x": torch.zeros(2, 3)}, (np.zeros(2), torch.tensor([1, 2]))])
+    assert str(data) == (
+        "the first tensor has shape (2, 3), dtype float64, device cpu, values from 0 to 0; "
+        "the second tensor has shape (2,), dtype int64, device cpu, values from 1 to 2"
+    )
+    assert data.has_numpy
+    assert data.not_finite() is None
+    assert find_cure("a text that nobody knows", copy.copy(data)) is None
