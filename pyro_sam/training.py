@@ -12,6 +12,7 @@ import torch
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -240,12 +241,7 @@ class Training:
         check_arguments(self.svi.model, batch)
         self._evaluate(batch)
         self._trained.restore(saved["trained"])
-        optim = self.svi.optim
-        if isinstance(optim, JointOptim):
-            optim.name_parameters(self._trained.params.items())
-        else:
-            optim.optim_objs.clear()  # they are made anew, with their states
-        optim.set_state(saved["optim"])
+        _load_optim(self.svi.optim, self._trained.params, saved["optim"])
         for name in _KEPT:
             setattr(self, name, saved[name])
         here = elbo_settings(self.svi)
@@ -278,6 +274,24 @@ def _check(svi: Any, num_epochs: Any, callbacks: Any) -> None:
         raise ValueError(f"num_epochs must be a positive whole number, got num_epochs={num_epochs!r}.")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise ValueError(f"callbacks must be a sequence of callables, got callbacks={callbacks!r}.")
+
+
+def _load_optim(optim: PyroOptim, params: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Let an optimiser know its parameters, and load its state; the epoch may close before the next step."""
+    for param in params.values():
+        param.grad = None  # a step without gradients moves nothing, but makes what holds the states
+    if isinstance(optim, JointOptim):
+        optim.name_parameters(params.items())
+        optim(set(params.values()), lambda: 0.0)
+        optim.set_state(state)
+        return
+    optim(list(params.values()))
+    for name, param in params.items():
+        own, kept = optim.optim_objs[param], state[name]
+        if hasattr(own, "optimizer"):
+            own.load_state_dict(kept["scheduler"])
+            own, kept = own.optimizer, kept["optimizer"]
+        own.load_state_dict(kept)
 
 
 def _torch_optimizer(optim: Any) -> Any:

@@ -1,0 +1,238 @@
+"""A run that was killed, or whose files were damaged, goes on to the same end; what cannot be used says why."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from torch import Tensor
+from trainee import killed, train
+
+from pyro_sam import checkpoint
+from pyro_sam.checkpoint import FORMAT, MAGIC, CheckpointError, previous, random_states, read, read_last, write
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Any:
+    before = pyro.settings.get("module_local_params")
+    yield
+    pyro.settings.set(module_local_params=before)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL, where a process need not die."""
+
+
+def kill_at(step: int) -> Any:
+    count = 0
+
+    def after_step() -> None:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Killed
+
+    return after_step
+
+
+def test_killed_at_random_ten_times_it_ends_as_if_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs = 20
+    straight = train(None, epochs)
+    file, kills = tmp_path / "run.ckpt", 0
+    clock = random.Random(5)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["trainee"])  # imported once, not by each process
+    for _ in range(10):
+        process = processes.Process(target=killed, args=(file, epochs, clock.uniform(0.0, 0.2)))
+        process.start()
+        process.join(60)
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills == 10
+    assert 0 < read_last(file)["epoch"] < epochs
+    assert_equal(train(file, epochs), straight)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_resumed_at_any_step_it_ends_as_if_undisturbed(every: int, local: bool, tmp_path: Path) -> None:
+    straight = train(None, 3, local=local)
+    for step in (3, 5, 6, 8):  # 5 steps an epoch
+        file = tmp_path / f"{step}.ckpt"
+        with pytest.raises(Killed):
+            train(file, 3, every=every, local=local, after_step=kill_at(step))
+        assert_equal(train(file, 3, every=every, local=local), straight)
+
+
+@pytest.mark.parametrize("optim", ["epoch", "pyro", "decaying"])
+def test_resumed_with_schedulers_and_after_the_last_step_of_an_epoch_too(optim: str, tmp_path: Path) -> None:
+    straight = train(None, 3, optim=optim)
+
+    def die(training: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path / "a", 3, optim=optim, after_epoch=die)
+    assert read(tmp_path / "a")["batch"] == 5
+    assert_equal(train(tmp_path / "a", 3, optim=optim), straight)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", 3, optim=optim, after_step=kill_at(8))
+    assert_equal(train(tmp_path / "b", 3, optim=optim), straight)
+
+
+def test_a_finished_run_is_read_and_not_trained_on(tmp_path: Path) -> None:
+    finished = train(tmp_path / "c", 2)
+    assert_equal(train(tmp_path / "c", 2, after_step=kill_at(1)), finished)
+    longer = train(tmp_path / "c", 3)
+    assert_equal(longer, train(None, 3))
+
+
+# Files
+
+
+def damaged(how: str, path: Path) -> str:
+    """Damage a checkpoint and return what the error says."""
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[:-10])
+        return rf"{path} is truncated: \d+ of \d+ bytes are there"
+    if how == "corrupted":
+        path.write_bytes(data[:-10] + bytes(10))
+        return f"{path} is corrupted: its content does not have the checksum"
+    if how == "header":
+        path.write_bytes(MAGIC + b"{}\n")
+        return f"{path} is corrupted: its header cannot be read"
+    if how == "foreign":
+        torch.save({"w": torch.zeros(2)}, path)
+        return f"{path} is no checkpoint of pyro_sam"
+    header, _, payload = data[len(MAGIC) :].partition(b"\n")
+    newer = json.dumps({**json.loads(header), "format": FORMAT + 1}).encode()
+    path.write_bytes(MAGIC + newer + b"\n" + payload)
+    return f"{path} has format {FORMAT + 1}, and this version of pyro_sam reads up to {FORMAT}"
+
+
+DAMAGES = ["truncated", "corrupted", "header", "foreign", "newer"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_says_what_is_wrong_and_the_previous_one_is_used(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    write(path, {"step": 1})
+    write(path, {"step": 2})
+    assert read_last(path) == {"step": 2}
+    message = damaged(how, path)
+    with pytest.raises(CheckpointError, match=message):
+        read(path)
+    with pytest.warns(UserWarning, match=rf"(?s){message}.*The previous checkpoint .*c\.previous is used"):
+        assert read_last(path) == {"step": 1}
+    previous(path).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        read_last(path)
+
+
+def test_a_run_goes_on_from_the_previous_file_to_the_same_end(tmp_path: Path) -> None:
+    straight = train(None, 3)
+    path = tmp_path / "c"
+    with pytest.raises(Killed):
+        train(path, 3, after_step=kill_at(9))
+    damaged("truncated", path)
+    with pytest.warns(UserWarning, match="is truncated"):
+        assert_equal(train(path, 3), straight)
+
+
+def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    path.write_text("chapter 1")
+    with pytest.raises(CheckpointError, match="is no checkpoint of pyro_sam; choose another path"):
+        train(path, 1)
+    assert path.read_text() == "chapter 1"
+
+
+def test_loading_runs_no_pickled_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.system, (f"touch {tmp_path}/ran",))
+
+    write(tmp_path / "c", {"evil": Evil()})
+    with pytest.raises(CheckpointError, match="holds more than plain values and tensors, and is not loaded"):
+        read(tmp_path / "c")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_missing_between_two_renames_is_the_previous_one(tmp_path: Path) -> None:
+    write(tmp_path / "c", {"step": 1})
+    (tmp_path / "c").rename(previous(tmp_path / "c"))
+    assert read_last(tmp_path / "c") == {"step": 1}
+    assert read_last(tmp_path / "other") is None
+
+
+def test_a_full_disk_loses_nothing_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, path = train(None, 2), tmp_path / "c"
+    train(path, 1)
+    before = read(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.warns(UserWarning, match="no checkpoint was written at step .*, training goes on: .*No space left"):
+            assert_equal(train(path, 2), straight)
+    assert read(path)["step"] == before["step"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c", "c.previous"]
+    assert_equal(train(path, 2), straight)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "c", 1)
+    content = read(tmp_path / "c")
+    names = sorted(content["trained"]["params"])
+    content["trained"]["params"][names[0]] = torch.zeros(7, 7)
+    write(tmp_path / "c", content)
+    with pytest.raises(CheckpointError, match=r"of another model or guide .*\(7, 7\) there, .* here"):
+        train(tmp_path / "c", 2)
+    del content["trained"]["params"][names[0]]
+    write(tmp_path / "c", content)
+    with pytest.raises(CheckpointError, match=r"of another model or guide .*none there"):
+        train(tmp_path / "c", 2)
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "c", 1)
+    content = read(tmp_path / "c")
+    content["random"] *= 2
+    write(tmp_path / "c", content)
+    with pytest.raises(CheckpointError, match="the checkpoint is of a run with 2 processes, this one has 1"):
+        train(tmp_path / "c", 2)
+
+
+def test_it_tells_what_made_it(tmp_path: Path) -> None:
+    train(tmp_path / "c", 1)
+    content = read(tmp_path / "c")
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["elbo"]["perturbation"] == "MixSAM(rho=0.5, kappa=1.0)"
+
+
+def test_all_random_streams_go_back() -> None:
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), random.random(), float(np.random.randn()), float(torch.randn(()))]  # noqa: NPY002
+
+    draw()  # numpy and Python keep half a pair of normals
+    states = random_states()
+    first = draw()
+    checkpoint.restore_random_states(states)
+    assert draw() == first

@@ -1,0 +1,118 @@
+"""A training run to be killed and resumed: shuffling loader, dropout, BatchNorm and MixSAM's noise."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import pyro_sam as ps
+from pyro_sam.checkpoint import Checkpoint
+
+
+class Jittered(Dataset[Any]):
+    """Rows of data with numpy noise of each time's own."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        x = torch.tensor([row / 24.0])
+        return x + 0.01 * float(np.random.randn()), x.sin()[0]  # noqa: NPY002  # the global stream is meant
+
+
+def joint(interval: Any) -> Any:
+    """JointOptim with a scheduler."""
+    return ps.optim.JointOptim(
+        torch.optim.Adam,
+        {"lr": 0.01},
+        clip_norm=50.0,
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        scheduler_interval=interval,
+    )
+
+
+def pyros() -> Any:
+    """Pyro's optimisers with a scheduler."""
+    args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+    return pyro.optim.ExponentialLR(args, {"clip_norm": 50.0})
+
+
+OPTIMISERS = {
+    "step": lambda: joint("step"),
+    "epoch": lambda: joint("epoch"),
+    "pyro": pyros,
+    "decaying": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}),
+}
+
+
+def train(
+    checkpoint: Any,
+    epochs: int,
+    *,
+    every: int = 1,
+    local: bool = False,
+    optim: str = "step",
+    after_step: Any = None,
+    after_epoch: Any = None,
+) -> dict[str, Tensor]:
+    """Train from seed 0, or from the checkpoint on, and return parameters, buffers and the history's loss."""
+    pyro.settings.set(module_local_params=local)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    torch.set_default_dtype(torch.float64)
+    net = nn.Sequential(nn.Linear(1, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 1))
+    bnn = ps.BayesianModule(net)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = bnn(x).squeeze(-1)
+        with pyro.plate("data", 24, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
+
+    guide = ps.MeanFieldNormal(model, init_scale=0.05)
+    svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step))
+    keep = checkpoint and Checkpoint(checkpoint, every=every)
+    loader = DataLoader(Jittered(), batch_size=5, shuffle=True)
+    callbacks = [after_epoch] if after_epoch else []
+    history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep, callbacks=callbacks)
+    found = guide.named_parameters() if local else pyro.get_param_store().named_parameters()
+    named = {name: param.detach() for name, param in found}
+    named.update({name: buffer.detach() for name, buffer in net.named_buffers()})
+    return {
+        **named,
+        "history": torch.tensor(history["loss"]),
+        "kl": torch.tensor(history["kl"]),
+        "lr": torch.tensor(history["lr"]),
+    }
+
+
+class Loss(ps.SAM_ELBO):
+    """MixSAM that calls a function in the middle of every step."""
+
+    def __init__(self, after_step: Any) -> None:
+        super().__init__(ps.MixSAM(rho=0.5))
+        self._after_step = after_step
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        loss = super().loss_and_grads(*args, **kwargs)
+        if self._after_step is not None:
+            self._after_step()
+        return loss
+
+
+def killed(checkpoint: Any, epochs: int, delay: float) -> None:
+    """Train, and be killed ``delay`` seconds after the first step: at a moment that no step chooses."""
+    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+
+    def start() -> None:
+        if not timer.is_alive():
+            timer.start()
+
+    train(checkpoint, epochs, after_step=start)
