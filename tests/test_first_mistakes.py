@@ -223,7 +223,8 @@ def test_rho_none_is_right_for_narrow_guides_and_few_latents_and_many_particles(
             pyro.sample("obs", dist.Normal((w * x).sum(-1), 1.0), obs=y)
 
     guide = ps.MeanFieldNormal(small, init_scale=1.0)
-    train(small, torch.randn(N, 4), torch.randn(N), guide=guide, perturbation=ps.MixSAM())
+    particles: dict[str, Any] = {"num_particles": 50, "vectorize_particles": True}
+    train(small, torch.randn(N, 4), torch.randn(N), guide=guide, perturbation=ps.MixSAM(), **particles)
 
 
 @pytest.mark.parametrize("prior", [dist.Normal(torch.zeros(3), 1.0), lambda name, p: dist.Normal(torch.zeros(3), 1.0)])
