@@ -48,7 +48,8 @@ def twice(model: Guide) -> Guide:
 
 def in_plate() -> None:
     with pyro.plate("columns", 3):
-        pyro.sample("w", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(w, 1.0), obs=torch.zeros(3))
 
 
 REFUSED_BY_BOTH = [
