@@ -5,12 +5,10 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
@@ -19,21 +17,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
-from pyro_sam.loss import data_loss, kl_loss
+from pyro_sam.explain import explained
 from pyro_sam.minibatch import follow_minibatch
+from pyro_sam.mistakes import advise
+from pyro_sam.particle import Particle
 from pyro_sam.perturbation import Adversarial, Gaussian, Mixture, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
-from pyro_sam.structure import (
-    Pair,
-    Structures,
-    dependence,
-    noise_ends_there,
-    refuse_enumerated_priors,
-    signature,
-    validate,
-)
+from pyro_sam.structure import Pair, Structures, refuse_enumerated_priors, signature, validate
 from pyro_sam.validation import non_negative
 
 ScaleGradient = Literal["perturbed", "mean"]
@@ -96,15 +87,14 @@ class SAM_ELBO(ELBO):
                 f"perturbation must be a Perturbation such as Adversarial(rho=1.0), got {perturbation!r} "
                 f"of type {type(perturbation).__name__}."
             )
-        if scale_gradient not in ("perturbed", "mean"):
+        if not isinstance(scale_gradient, str) or scale_gradient not in ("perturbed", "mean"):
             raise ValueError(f"scale_gradient must be 'perturbed' or 'mean', got scale_gradient={scale_gradient!r}.")
         if scale_gradient == "mean" and not perturbation.ascends_from_mean:
             raise ValueError(
                 f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
                 "use Adversarial or MixSAM, or scale_gradient='perturbed'."
             )
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got scope={scope!r}.")
+        one_of("scope", scope, SCOPES)
         if sync_ascent and isinstance(perturbation, Mixture):
             raise ValueError(
                 f"sync_ascent=True needs a law of the same passes everywhere, and processes of {perturbation!r} "
@@ -132,91 +122,37 @@ class SAM_ELBO(ELBO):
         """Return the settings; what was found out about models stays behind."""
         return {**self.__dict__, "_structures": Structures()}
 
+    @explained
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return an estimate of minus the ELBO at Gaussian samples, whatever the perturbation and ``kl_weight``.
 
         It is the number to compare methods by.
         """
         total: Tensor | float = 0.0
-        for step, pair in self._steps(Gaussian(), model, guide, args, kwargs):
-            total = total + self._particle(step, pair, Gaussian(), kl_weight=1.0)[1] / self.num_particles
+        for particle in self._particles(Gaussian(), 1.0, model, guide, args, kwargs):
+            total = total + particle.loss()[1] / self.num_particles
         return _number(total)
 
+    @explained
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
         total: Any = 0.0
-        for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
-            total = total + self._particle(step, pair, self.perturbation, self.kl_weight)[0] / self.num_particles
+        for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
+            total = total + particle.loss()[0] / self.num_particles
         return total
 
+    @explained
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
         total: Tensor | float = 0.0
-        for step, pair in self._steps(self.perturbation, model, guide, args, kwargs):
-            loss, value = self._particle(step, pair, self.perturbation, self.kl_weight)
+        for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
+            loss, value = particle.loss()
             if isinstance(loss, Tensor) and loss.requires_grad:
                 (loss / self.num_particles).backward(retain_graph=self.retain_graph)
             total = total + value / self.num_particles
         return _number(total)
-
-    def _particle(
-        self, step: Step, pair: Pair, law: Perturbation, kl_weight: float
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """Return the summed loss of one particle, or of all vectorised ones: with its graph, and its bare value."""
-        with kept_buffers(on_error_only=True):
-            # a new pair of model and guide is met under torch's own checks, which point at the user's own line
-            if pair.valid and checks.enabled():
-                return self._checked_afterwards(step, pair, law, kl_weight)
-            loss, _ = self._loss_at(step, pair, law, law.noise(step), kl_weight)
-            return loss, _value(loss)
-
-    def _checked_afterwards(
-        self, step: Step, pair: Pair, law: Perturbation, kl_weight: float
-    ) -> tuple[Tensor | float, Tensor | float]:
-        e = None
-        try:
-            with checks.postponed():
-                e = law.noise(step)
-                loss, holds = self._loss_at(step, pair, law, e, kl_weight)
-        except (IndexError, RuntimeError, ValueError):
-            step.check(e)  # says it better, where what torch would have checked is the cause
-            raise
-        if holds is None or not isinstance(loss, Tensor):
-            return loss, _value(loss)
-        # the step's one wait for the device
-        value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
-        if not (all_hold and math.isfinite(value)):
-            step.check(e)
-        return loss, value
-
-    def _loss_at(
-        self, step: Step, pair: Pair, law: Perturbation, e: Tensor, kl_weight: float
-    ) -> tuple[Tensor | float, Tensor | None]:
-        """Return the loss at noise ``e``, and whether what torch would have checked holds (None if postponed none)."""
-        at_mean = self.scale_gradient == "mean" and law is self.perturbation
-        ordinary = step.is_gaussian(e)
-        # the first time, the run keeps the noise in its graph to see whether the KL depends on it
-        run, model = step.final_run(e, tracked=not ordinary and not pair.dependence, detach_scale=at_mean)
-        loss = data_loss(model)
-        if at_mean:
-            loss = loss + _scale_gradient_at_mean(run, step.mean_gradients)
-        if kl_weight != 0:
-            loss = loss + kl_weight * (kl_loss(run.trace, model) if ordinary else self._kl(step, pair, e, run, model))
-        return loss, None if checks.enabled() else checks.conditions(run.trace, model)
-
-    def _kl(self, step: Step, pair: Pair, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
-        key = run.signature, signature(model)
-        if key not in pair.dependence:
-            tracked, its_model = (run, model) if run.tracked else step.trial_run(e)
-            noise = [site.noise for site in tracked.sites.values()]
-            pair.dependence[key] = dependence(tracked.trace, its_model, noise)
-        sees_noise = pair.dependence[key]
-        if not sees_noise.kl:
-            return kl_loss(run.trace, model)
-        run, model_there = step.gaussian_run(with_model=sees_noise.prior)
-        return kl_loss(run.trace, model if model_there is None else model_there)
 
     def _inspect(self, pair: Pair, run: GuideRun, model: Trace) -> None:
         key = run.signature, signature(model)
@@ -225,17 +161,9 @@ class SAM_ELBO(ELBO):
         self._check_hide(run)
         if not (isinstance(self.perturbation, Gaussian) and self.kl_weight == 1):
             refuse_enumerated_priors(model)
+        advise(pair, run.trace, model, run.sites, self)
         validate(run.trace, model, self.max_plate_nesting)
         pair.valid.add(key)
-
-    def _noise_ends_there(self, pair: Pair, run: GuideRun, at: Callable[[Mapping[str, Tensor]], GuideRun]) -> bool:
-        known = pair.noise_ends_there
-        if run.signature not in known:
-            if not run.tracked:
-                return False
-            elsewhere = at({name: site.noise + 1 for name, site in run.sites.items()})
-            known[run.signature] = noise_ends_there(run.trace, elsewhere.trace, run.sites)
-        return known[run.signature]
 
     def _is_hidden(self, name: str) -> bool:
         return self.hide(name) if callable(self.hide) else name in self.hide
@@ -255,18 +183,19 @@ class SAM_ELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Trace, Trace]:
         """Return the traces of model and guide at the chosen noise; Pyro's abstract hook."""
-        step, _ = next(iter(self._steps(self.perturbation, model, guide, args, kwargs)))
+        step = next(iter(self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs))).step
         run, trace = step.final_run(self.perturbation.noise(step), tracked=False, detach_scale=False)
         return trace, run.trace
 
-    def _steps(
+    def _particles(
         self,
         law: Perturbation,
+        kl_weight: float | Tensor,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Iterator[tuple[Step, Pair]]:
+    ) -> Iterator[Particle]:
         if isinstance(poutine.unwrap(guide), Messenger):
             raise ValueError(
                 f"guide {type(poutine.unwrap(guide)).__name__} is an effect handler, which cannot be run at a chosen "
@@ -280,24 +209,23 @@ class SAM_ELBO(ELBO):
             nesting()
             model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
             count, together = 1, self.num_particles
+        at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
         for _ in range(count):
-            yield (
-                Step(
-                    model,
-                    guide,
-                    args,
-                    kwargs,
-                    num_particles=together,
-                    law=law,
-                    hidden=self._is_hidden,
-                    scope=self.scope,
-                    sync_ascent=self.sync_ascent,
-                    trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
-                    inspect=partial(self._inspect, pair),
-                    noise_ends_there=partial(self._noise_ends_there, pair),
-                ),
-                pair,
+            step = Step(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=together,
+                law=law,
+                hidden=self._is_hidden,
+                scope=self.scope,
+                sync_ascent=self.sync_ascent,
+                trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
+                inspect=partial(self._inspect, pair),
+                noise_ends_there=pair.noise_ends_at_sites,
             )
+            yield Particle(step, pair, law, kl_weight, at_mean)
 
     def _finite_max_plate_nesting(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -316,18 +244,7 @@ def _names(names: Collection[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _value(loss: Tensor | float) -> Tensor | float:
-    return loss.detach() if isinstance(loss, Tensor) else loss
-
-
 def _number(loss: Tensor | float) -> float:
     number: Any = torch_item(loss)
     warn_if_nan(number, "loss")
     return float(number)
-
-
-def _scale_gradient_at_mean(run: GuideRun, mean_gradients: dict[str, Tensor]) -> Tensor | float:
-    """Return zero, with the gradient ``g(loc) * e`` to scale."""
-    terms = [(mean_gradients[name] * site.displacement).sum() for name, site in run.sites.items() if mean_gradients]
-    linear: Any = sum(terms)
-    return linear - linear.detach() if isinstance(linear, Tensor) else 0.0

@@ -21,6 +21,10 @@ class RandomState:
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
         return cls(torch.get_rng_state(), cuda)
 
+    def fingerprint(self) -> tuple[bytes, ...]:
+        """Return what tells this state from others."""
+        return tuple(state.numpy().tobytes() for state in (self.cpu, *self.cuda))
+
     def restore(self) -> None:
         """Put the generators back into this state."""
         torch.set_rng_state(self.cpu)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -16,6 +16,9 @@ from torch.distributions import Distribution, Transform
 from pyro_sam.enumeration import Enumeration, depends_on, enumerated_dims
 from pyro_sam.loss import kl_loss, latent_sites, prior_log_prob
 from pyro_sam.noise import NoiseSite
+
+if TYPE_CHECKING:
+    from pyro_sam.step import GuideRun
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,23 @@ class Pair:
     guide: Any
     valid: set[Hashable] = field(default_factory=set)
     dependence: dict[Hashable, Dependence] = field(default_factory=dict)
-    noise_ends_there: dict[Hashable, bool] = field(default_factory=dict)
+    ends: dict[Hashable, bool] = field(default_factory=dict)
     enumeration: Enumeration = field(default_factory=Enumeration)
+    plate_sizes: dict[str, int] = field(default_factory=dict)
+
+    def noise_ends_at_sites(self, run: "GuideRun", at: Callable[[Mapping[str, Tensor]], "GuideRun"]) -> bool:
+        """Return whether only the values of the guide's Gaussian sites depend on the noise, as far as is known.
+
+        Args:
+            run: A run of the guide.
+            at: Runs the guide at other noise, by site; used to find out.
+        """
+        if run.signature not in self.ends:
+            if not run.tracked:
+                return False
+            elsewhere = at({name: site.noise + 1 for name, site in run.sites.items()})
+            self.ends[run.signature] = _noise_ends_there(run.trace, elsewhere.trace, run.sites)
+        return self.ends[run.signature]
 
 
 class Structures:
@@ -134,7 +152,7 @@ def dependence(guide: Trace, model: Trace, noise: Sequence[Tensor]) -> Dependenc
     return Dependence(kl=_reach([kl], noise), prior=_reach([prior], noise))
 
 
-def noise_ends_there(guide: Trace, elsewhere: Trace, sites: Mapping[str, NoiseSite]) -> bool:
+def _noise_ends_there(guide: Trace, elsewhere: Trace, sites: Mapping[str, NoiseSite]) -> bool:
     """Find out whether nothing in a guide but the values of its Gaussian sites depends on the noise.
 
     Args:
