@@ -50,7 +50,7 @@ def kill_at(step: int) -> Any:
 
 
 def test_killed_at_random_ten_times_it_ends_as_if_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    epochs = 20
+    epochs = 30
     straight = train(None, epochs)
     file, kills = tmp_path / "run.ckpt", 0
     clock = random.Random(5)
@@ -58,7 +58,7 @@ def test_killed_at_random_ten_times_it_ends_as_if_undisturbed(tmp_path: Path, mo
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["trainee"])  # imported once, not by each process
     for _ in range(10):
-        process = processes.Process(target=killed, args=(file, epochs, clock.uniform(0.0, 0.2)))
+        process = processes.Process(target=killed, args=(file, epochs, clock.randint(1, 8), clock.uniform(0, 0.03)))
         process.start()
         process.join(60)
         kills += process.exitcode == -signal.SIGKILL

@@ -107,12 +107,14 @@ class Loss(ps.SAM_ELBO):
         return loss
 
 
-def killed(checkpoint: Any, epochs: int, delay: float) -> None:
-    """Train, and be killed ``delay`` seconds after the first step: at a moment that no step chooses."""
-    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+def killed(checkpoint: Any, epochs: int, steps: int, delay: float) -> None:
+    """Train, and be killed ``delay`` seconds into a step: at a moment that no line of it chooses."""
+    count = 0
 
     def start() -> None:
-        if not timer.is_alive():
-            timer.start()
+        nonlocal count
+        count += 1
+        if count == steps:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     train(checkpoint, epochs, after_step=start)
