@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_sam.loss import latent_sites
 from pyro_sam.predict import check_pair, predict
+from pyro_sam.prediction import Prediction
 from pyro_sam.validation import positive_int
 
 Groups = dict[str, dict[str, Any]]
@@ -47,6 +48,8 @@ def to_dict(
     """
     positive_int("num_samples", num_samples)
     check_pair(model, guide)
+    if var_names is not None and not _are_names(var_names):
+        raise ValueError(f"var_names must be a collection of the guide's latents, got var_names={var_names!r}.")
     drawn: list[dict[str, Any]] = []
 
     def is_wanted(latent: Any) -> bool:
@@ -64,7 +67,7 @@ def to_dict(
         "posterior_predictive": {_name(site): _array(prediction.samples())[None]},
     }
     if observations is not None:
-        groups["log_likelihood"] = {_name(site): _array(prediction.log_prob_per_sample(observations))[None]}
+        groups["log_likelihood"] = {_name(site): _array(_log_prob(prediction, observations))[None]}
         groups["observed_data"] = {_name(site): _array(observations)}
     return groups
 
@@ -94,9 +97,24 @@ def to_inference_data(model: Callable[..., Any], guide: Callable[..., Any], *arg
     return arviz.from_dict(**keywords)
 
 
+def _are_names(names: Any) -> bool:
+    return (
+        isinstance(names, Collection)
+        and not isinstance(names, str | Tensor)
+        and all(isinstance(name, str) for name in names)
+    )
+
+
+def _log_prob(prediction: Prediction, observations: Tensor) -> Tensor:
+    try:
+        return prediction.log_prob_per_sample(observations)
+    except ValueError as error:
+        raise ValueError(f"observations do not fit the predictions: {error}") from error
+
+
 def _check_names(var_names: Collection[str] | None, found: Collection[str]) -> None:
     unknown = [name for name in var_names or () if name not in found]
-    if unknown or isinstance(var_names, str) or not found:
+    if unknown or not found:
         raise ValueError(
             f"var_names must be a collection of the guide's latents ({', '.join(found)}), got var_names={var_names!r}."
         )

@@ -61,7 +61,7 @@ class Data:
     def __str__(self) -> str:
         return "; ".join(
             f"the {name} tensor has shape {tuple(t.shape)}, dtype {str(t.dtype).removeprefix('torch.')}, device "
-            f"{t.device}{_range(t)}"
+            f"{t.device}{value_range(t)}"
             for name, t in self._named()
         )
 
@@ -188,6 +188,13 @@ def _unobserved(found: re.Match[str], data: Data) -> str:
     )
 
 
+def _no_latents(found: re.Match[str], data: Data) -> str:
+    return (
+        "The model has no latent site to infer: sample a latent in it, or call a network that has priors on its "
+        "weights, pyro_sam.BayesianModule(net)."
+    )
+
+
 def _subsample(found: re.Match[str], data: Data) -> str:
     return (
         "A plate was given more rows than its size. Its size is that of the whole data set, at least len(x); for new "
@@ -219,6 +226,7 @@ _CURES: list[tuple[str, Callable[[re.Match[str], Data], str | None]]] = [
     (r"must have the same dtype|can't be cast to the desired output type|expected scalar type|same dtype", _dtype),
     (r"on the same device|is not on the expected device|same device as|but found at least two devices", _device),
     (r"Continuous inference cannot handle discrete sample site '(?P<site>.+?)'", _unobserved),
+    (r"found no latent variables", _no_latents),
     (r"subsample_size does not match len\(subsample\)", _subsample),
 ]
 
@@ -228,7 +236,8 @@ def _headline(error: str) -> str:
     return re.split(r"\nTrace Shapes:|(?<=found invalid values):", error)[0].strip()
 
 
-def _range(tensor: Tensor) -> str:
+def value_range(tensor: Tensor) -> str:
+    """Return where a tensor's values lie, for a message; empty where that cannot be said."""
     if tensor.is_meta or not tensor.numel() or tensor.is_complex():
         return ""
-    return f", values from {tensor.min().item():g} to {tensor.max().item():g}"
+    return f", values from {tensor.amin().item():g} to {tensor.amax().item():g}"

@@ -125,6 +125,8 @@ def hessian_eigenvalues(
         return product(torch.as_tensor(vector).reshape(-1).to(loss.zero)).cpu().numpy()
 
     start = torch.randn_like(loss.zero).cpu().numpy()  # torch's, so that its seed decides
+    if not multiply(start).any():  # a linear loss, which ARPACK has no answer for
+        return torch.zeros(num_eigenvalues, dtype=loss.zero.dtype)
     hessian = LinearOperator((d, d), matvec=multiply, dtype=start.dtype)
     found = eigsh(hessian, k=num_eigenvalues, which="LA", v0=start, tol=tol, return_eigenvectors=False)
     return torch.as_tensor(found).sort(descending=True).values

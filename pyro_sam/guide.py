@@ -22,6 +22,7 @@ from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.enumeration import is_marked
 from pyro_sam.explain import explained
+from pyro_sam.validation import flag, function
 
 
 def init_to_value_or_feasible(site: Any = None) -> Any:
@@ -69,10 +70,15 @@ class MeanFieldNormal(AutoNormal):
         learn_scale: bool = True,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        flag("learn_scale", learn_scale)
+        function("model", model, "a Pyro model")
+        function("init_loc_fn", init_loc_fn, "pyro.infer.autoguide.init_to_median")
+        if create_plates is not None:
+            function("create_plates", create_plates, "a function from the model's arguments to plates")
         # a site that is summed out is not the guide's
         continuous = poutine.block(model, hide_fn=is_marked)
         super().__init__(continuous, init_loc_fn=init_loc_fn, create_plates=create_plates)
-        if not callable(init_scale):
+        if isinstance(init_scale, type) or not callable(init_scale):
             _check_init_scale(init_scale, "")
         self.init_scale = init_scale
         self.learn_scale = learn_scale

@@ -14,6 +14,7 @@ from pyro_sam.loss import data_loss
 from pyro_sam.noise import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, zero_noise
 from pyro_sam.predict import check_pair
 from pyro_sam.rng import RandomState, rewound
+from pyro_sam.validation import one_of
 
 Space = Literal["weight", "noise"]
 SPACES: tuple[str, ...] = ("weight", "noise")
@@ -40,8 +41,7 @@ class Landscape:
     def __init__(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], space: Space
     ) -> None:
-        if space not in SPACES:
-            raise ValueError(f"space must be one of {', '.join(SPACES)}, got space={space!r}.")
+        one_of("space", space, SPACES)
         check_pair(model, guide)
         self._model, self._guide, self._args = model, guide, args
         self._start, self._held = RandomState.capture(), dict[str, Tensor]()

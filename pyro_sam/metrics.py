@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_sam.explain import value_range
 from pyro_sam.noise import unwrap
 from pyro_sam.prediction import Prediction
 from pyro_sam.validation import finite, positive_int
@@ -126,8 +127,8 @@ def rmse(prediction: Prediction | Tensor, y: Tensor) -> float:
         ValueError: If the shapes differ.
     """
     mean = prediction.mean if isinstance(prediction, Prediction) else prediction
-    if not isinstance(y, Tensor) or not isinstance(mean, Tensor) or mean.shape != y.shape or not y.numel():
-        raise ValueError(f"y must have the shape of the predictions, {_shape(mean)}, got {_shape(y)}.")
+    if not _is_real(y) or not _is_real(mean) or mean.shape != y.shape or not y.numel():
+        raise ValueError(f"y must be real numbers, one for each of prediction, {_shape(mean)}, got {_shape(y)}.")
     y = y.to(mean)
     return float(_torchmetrics().mean_squared_error(mean.reshape(-1), y.reshape(-1), squared=False))
 
@@ -151,10 +152,10 @@ def interval_coverage(prediction: Prediction | Tensor, y: Tensor, *, level: floa
         raise ValueError(f"level must be between 0 and 1, got level={level!r}.")
     if isinstance(prediction, Prediction):
         tail = prediction.cdf(y)
-    elif isinstance(y, Tensor) and isinstance(prediction, Tensor) and prediction.shape[1:] == y.shape:
+    elif _is_real(y) and _is_real(prediction) and prediction.shape[1:] == y.shape and len(prediction):
         tail = (prediction <= y).double().mean(0)
     else:
-        raise ValueError(f"prediction must be draws (S, *y.shape) for y of {_shape(y)}, got {_shape(prediction)}.")
+        raise ValueError(f"prediction must be real draws (S, *y.shape) for y of {_shape(y)}, got {_shape(prediction)}.")
     inside = (tail >= (1 - level) / 2) & (tail <= (1 + level) / 2)
     return float(inside.double().mean())
 
@@ -187,19 +188,24 @@ def _classes(prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
     sums = probs.sum(-1)
     if not (probs >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ValueError(
-            "prediction must be probabilities, from 0 to 1 and with sum 1 over the classes, got values from "
-            f"{_range(probs)}. Give it logits.softmax(-1)."
+            "prediction must be probabilities, from 0 to 1 and with sum 1 over the classes, got "
+            f"{probs.dtype}{value_range(probs)}. Give it logits.softmax(-1)."
         )
     if not isinstance(y, Tensor) or y.shape != probs.shape[:1] or not len(probs):
-        raise ValueError(f"y must be labels with one row per data point, shape ({len(probs)},), got {_shape(y)}.")
-    if not ((y >= 0) & (y < probs.shape[-1]) & (y == y.long())).all():
-        raise ValueError(f"y must be whole numbers from 0 to {probs.shape[-1] - 1}, got values from {_range(y)}.")
+        raise ValueError(
+            f"y must be labels with one row per data point of prediction, shape ({len(probs)},), got {_shape(y)}."
+        )
+    if y.is_complex() or not ((y >= 0) & (y < probs.shape[-1]) & (y == y.long())).all():
+        raise ValueError(
+            f"y must be whole numbers from 0 to {probs.shape[-1] - 1}, as prediction has {probs.shape[-1]} classes, "
+            f"got {y.dtype}{value_range(y)}."
+        )
     return probs, y.long()
 
 
 def _uncertainty(name: str, given: Any) -> Tensor:
     probs = given.probs if isinstance(given, Prediction) else given
-    if not isinstance(probs, Tensor) or probs.dim() not in (1, 2) or not probs.numel() or not probs.isfinite().all():
+    if not _is_real(probs) or probs.dim() not in (1, 2) or not probs.numel() or not probs.isfinite().all():
         raise ValueError(
             f"{name} must be a Prediction, probabilities (N, classes) or scores (N,), got {_shape(given)}."
         )
@@ -208,12 +214,14 @@ def _uncertainty(name: str, given: Any) -> Tensor:
     return probs if probs.dim() == 1 else torch.special.entr(probs).sum(-1)
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex()
+
+
 def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _range(values: Tensor) -> str:
-    return f"{values.min().item():g} to {values.max().item():g}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"shape {tuple(value.shape)}" + ("" if _is_real(value) else f" of {value.dtype}")
 
 
 def _torchmetrics() -> Any:

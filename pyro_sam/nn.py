@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
 from pyro_sam.particles import ParticlePlate, run
+from pyro_sam.validation import positive
 
 
 class BayesianModule(PyroModule):
@@ -166,8 +167,7 @@ def fan_in_normal(std: float = 1.0) -> FanInNormal:
     References:
         Neal (1996), Bayesian Learning for Neural Networks, Section 2.1.
     """
-    if not 0 < std < math.inf:
-        raise ValueError(f"std must be positive and finite, got std={std}.")
+    positive("std", std)
     return FanInNormal(float(std))
 
 
@@ -226,15 +226,18 @@ def _hidden_names(net: nn.Module, hide: str | Iterable[str] | Callable[[str], bo
     first_names = {parameter: name for name, parameter in net.named_parameters()}
     # a tied parameter can be hidden by any of its names
     names = {name: first_names[parameter] for name, parameter in net.named_parameters(remove_duplicate=False)}
-    if callable(hide):
+    if callable(hide) and not isinstance(hide, type):
         hidden = {first for name, first in names.items() if hide(name)}
     else:
         hidden = set()
-        for entry in [hide] if isinstance(hide, str) else hide:
+        entries = [hide] if isinstance(hide, str) else hide
+        if not isinstance(entries, Iterable) or isinstance(entries, Tensor | type):
+            raise ValueError(f"hide must be names of parameters or submodules, or a predicate on names, got {hide!r}.")
+        for entry in entries:
             matches = {first for name, first in names.items() if name == entry or name.startswith(f"{entry}.")}
             if not matches:
                 raise ValueError(
-                    f"hide must name parameters or submodules, got {entry!r}; parameters: {', '.join(names)}."
+                    f"hide must name parameters or submodules of net, got {entry!r}; parameters: {', '.join(names)}."
                 )
             hidden |= matches
     if hidden == set(first_names.values()):

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyro_sam.validation import finite, non_negative
+from pyro_sam.validation import finite, non_negative, one_of
 
 Geometry = Literal["posterior", "euclidean", "adaptive", "fisher"]
 GEOMETRIES: tuple[str, ...] = ("posterior", "euclidean", "adaptive", "fisher")
@@ -96,6 +96,10 @@ class Perturbation(ABC):
     uses_gradient: ClassVar[bool] = True
     # Whether the ascent's first gradient is the one at the mean, which scale_gradient="mean" needs.
     ascends_from_mean: ClassVar[bool] = False
+
+    def toss(self) -> "Perturbation":
+        """Return the law that one particle follows: this one, unless a coin decides between several."""
+        return self
 
     @abstractmethod
     def noise(self, space: NoiseSpace) -> Tensor:
@@ -188,10 +192,9 @@ class Adversarial(Perturbation):
             non_negative("rho", self.rho)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got steps={self.steps!r}.")
-        if self.ord not in (2, math.inf):
+        if not isinstance(self.ord, int | float) or self.ord not in (2, math.inf):
             raise ValueError(f"ord must be 2 or inf, got ord={self.ord!r}.")
-        if self.geometry not in GEOMETRIES:
-            raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}, got geometry={self.geometry!r}.")
+        one_of("geometry", self.geometry, GEOMETRIES)
         if finite("eta", self.eta) <= 0:
             raise ValueError(f"eta must be positive, got eta={self.eta!r}.")
         if self.geometry != "posterior" and self.ord != 2:
@@ -334,7 +337,10 @@ class Mixture(Perturbation):
 
     def __post_init__(self) -> None:
         """Check the arguments and freeze the sequences."""
-        object.__setattr__(self, "perturbations", tuple(self.perturbations))
+        for name in ("perturbations", "probs"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise ValueError(f"{name} must be a sequence, got {name}={getattr(self, name)!r}.")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "probs", tuple(non_negative("probs", p) for p in self.probs))
         for law in self.perturbations:
             if not isinstance(law, Perturbation):
@@ -344,7 +350,8 @@ class Mixture(Perturbation):
                 )
         if not self.perturbations or len(self.probs) != len(self.perturbations):
             raise ValueError(
-                f"probs must give one probability per law, got {len(self.probs)} for {len(self.perturbations)} laws."
+                f"probs must give one probability per law of perturbations, got {len(self.probs)} for "
+                f"{len(self.perturbations)} laws."
             )
         if abs(math.fsum(self.probs) - 1) > 1e-6:
             raise ValueError(f"probs must sum to one, got probs={self.probs} with sum {math.fsum(self.probs)}.")
@@ -359,11 +366,17 @@ class Mixture(Perturbation):
         """Whether all laws start at the mean."""
         return all(law.ascends_from_mean for law, p in zip(self.perturbations, self.probs, strict=True) if p > 0)
 
-    def noise(self, space: NoiseSpace) -> Tensor:
-        """Draw a law for each particle and return its noise."""
+    def toss(self) -> Perturbation:
+        """Draw a law."""
         possible = [k for k, p in enumerate(self.probs) if p > 0]
         if len(possible) == 1:  # no coin to toss: the random stream stays that of the law itself
-            return self.perturbations[possible[0]].noise(space)
+            return self.perturbations[possible[0]].toss()
+        return self.perturbations[int(torch.multinomial(torch.tensor(self.probs), 1))].toss()
+
+    def noise(self, space: NoiseSpace) -> Tensor:
+        """Draw a law for each particle and return its noise."""
+        if space.num_particles == 1 or 1.0 in self.probs:
+            return self.toss().noise(space)
         coins = torch.multinomial(torch.tensor(self.probs), space.num_particles, replacement=True)
         first, *others = (int(k) for k in coins.unique())
         e = self.perturbations[first].noise(space)

@@ -13,7 +13,7 @@ from pyro_sam.landscape import Landscape
 from pyro_sam.metrics import top_class
 from pyro_sam.perturbation import unit
 from pyro_sam.prediction import Prediction
-from pyro_sam.validation import finite, positive_int
+from pyro_sam.validation import finite, positive, positive_int
 
 
 def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] = ("loss",), *, ax: Any = None) -> Any:
@@ -29,9 +29,11 @@ def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] 
         ValueError: If the history lacks a key.
         ImportError: If matplotlib is missing.
     """
-    keys = [keys] if isinstance(keys, str) else list(keys)
+    keys = [keys] if isinstance(keys, str) else keys
     if not isinstance(history, Mapping):
         raise ValueError(f"history must be a mapping from names to values, such as fit returns, got {history!r}.")
+    if not isinstance(keys, Sequence):
+        raise ValueError(f"keys must be names of curves such as ('loss',), got keys={keys!r}.")
     unknown = [key for key in keys if key not in history]
     if unknown or not keys:
         raise ValueError(f"keys must name parts of the history, {', '.join(map(str, history))}, got {keys}.")
@@ -112,8 +114,7 @@ def loss_slice(
         ImportError: If matplotlib is missing.
     """
     positive_int("num_points", num_points)
-    if finite("radius", radius) <= 0:
-        raise ValueError(f"radius must be positive, got radius={radius!r}.")
+    positive("radius", radius)
     loss = Landscape(model, guide, args, "noise")
     ax = _axes(ax)
     steps = torch.linspace(-radius, radius, num_points).tolist()
@@ -148,21 +149,23 @@ def regression_bands(
         raise ValueError(f"prediction must be a Prediction, of predict at x, got a {type(prediction).__name__}.")
     mean = prediction.mean
     if not isinstance(x, Tensor) or mean.dim() != 1 or x.numel() != len(mean):
+        given = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(
-            f"x must have one number for each prediction, which must be of one number too, got "
-            f"{tuple(getattr(x, 'shape', ()))} and predictions of shape {tuple(mean.shape)}."
+            f"x must have one number for each prediction, which must be of one number too, got {given} and predictions "
+            f"of shape {tuple(mean.shape)}."
         )
-    levels = [levels] if isinstance(levels, float) else list(levels)
-    if not all(0 < finite("levels", level) < 1 for level in levels):
+    levels = [levels] if isinstance(levels, float) else levels
+    if not isinstance(levels, Sequence) or not all(0 < finite("levels", level) < 1 for level in levels):
         raise ValueError(f"levels must be between 0 and 1, got levels={levels}.")
+    dots = _dots(data)
     ax, order = _axes(ax), _array(x).argsort()
     inputs = _array(x)[order]
     for level in sorted(levels, reverse=True):
         lower, upper = (_array(_quantile(prediction, (1 + sign * level) / 2))[order] for sign in (-1, 1))
         ax.fill_between(inputs, lower, upper, color="C0", alpha=0.25, linewidth=0, label=f"{100 * level:g} % interval")
     ax.plot(inputs, _array(mean)[order], color="C0", label="mean")
-    if data is not None:
-        ax.plot(*(_array(torch.as_tensor(part)) for part in data), "k.", markersize=4, label="data")
+    if dots:
+        ax.plot(*dots, "k.", markersize=4, label="data")
     ax.legend(frameon=False)
     return ax
 
@@ -173,6 +176,18 @@ def _quantile(prediction: Prediction, q: float) -> Tensor:
     except ValueError:
         draws = torch.cat([prediction.samples() for _ in range(20)])
         return draws.quantile(q, dim=0)
+
+
+def _dots(data: Any) -> list[Any]:
+    if data is None:
+        return []
+    try:
+        inputs, observations = (_array(torch.as_tensor(part).double()) for part in data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"data must be a pair of inputs and observations, got a {type(data).__name__}.") from error
+    if len(inputs) != len(observations):
+        raise ValueError(f"data must have as many inputs as observations, got {len(inputs)} and {len(observations)}.")
+    return [inputs, observations]
 
 
 def _array(values: Tensor) -> Any:

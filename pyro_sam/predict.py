@@ -19,7 +19,7 @@ from pyro_sam.explain import explained
 from pyro_sam.noise import ReplayMessenger
 from pyro_sam.prediction import Prediction, SampledLikelihood
 from pyro_sam.rng import RandomState, rewound
-from pyro_sam.validation import positive_int
+from pyro_sam.validation import flag, function, positive_int
 
 # the name that Predictive(parallel=True) gives its plate, so that BayesianModule knows it for the particles'
 _PLATE = "_num_predictive_samples"
@@ -65,6 +65,7 @@ def predict(
     """
     positive_int("num_samples", num_samples)
     positive_int("samples_at_once", samples_at_once)
+    flag("progress", progress)
     if batch_size is not None:
         positive_int("batch_size", batch_size)
     check_pair(model, guide)
@@ -157,7 +158,7 @@ def _sites(trace: Trace) -> Iterator[tuple[str, Any]]:
 
 def _check_site(trace: Trace, site: str) -> None:
     names = [name for name, _ in _sites(trace)]
-    if site not in names:
+    if not isinstance(site, str) or site not in names:
         raise ValueError(
             f"site must be a site of the model, got site={site!r}; the model's sites are {', '.join(names)}."
         )
@@ -211,9 +212,8 @@ def check_pair(model: Any, guide: Any) -> None:
     Raises:
         ValueError: If model or guide cannot be called, or the guide has no parameters yet.
     """
-    for name, function in (("model", model), ("guide", guide)):
-        if isinstance(function, type) or not callable(function):
-            raise ValueError(f"{name} must be a callable, such as a Pyro {name}, got {function!r}.")
+    function("model", model, "a Pyro model")
+    function("guide", guide, "a Pyro guide")
     guide = poutine.unwrap(guide)
     if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", True) is None:
         raise ValueError(

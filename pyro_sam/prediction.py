@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_sam.explain import value_range
 from pyro_sam.noise import unwrap
 from pyro_sam.validation import finite
 
@@ -162,8 +163,9 @@ class Prediction:
         return torch.cat(statistics, self.data_dim - right)
 
     def _split(self, y: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(y, Tensor):
-            raise ValueError(f"y must be a tensor of observations, got {type(y).__name__}: use torch.as_tensor(y).")
+        if not isinstance(y, Tensor) or y.is_complex():
+            kind = type(y).__name__ if not isinstance(y, Tensor) else y.dtype
+            raise ValueError(f"y must be a tensor of real observations, got {kind}: use torch.as_tensor(y).")
         fn, batch_dim = self.batches[0][0].fn, self.batches[0][0].batch_dim
         sizes = [parts[0].fn.batch_shape[self.data_dim] for parts in self.batches]
         dim = self.data_dim - len(fn.event_shape)
@@ -198,12 +200,16 @@ def _log_prob(fn: Any, y: Tensor) -> Tensor:
     try:
         log_prob: Tensor = fn.log_prob(y)
     except (ValueError, RuntimeError, IndexError) as error:
-        kind = type(unwrap(fn)).__name__
-        raise ValueError(
-            f"y must hold observations that the {kind} likelihood can have, got dtype {y.dtype} and values "
-            f"from {y.min().item():g} to {y.max().item():g}."
-        ) from error
+        raise ValueError(_no_observations(fn, y)) from error
     return log_prob
+
+
+def _no_observations(fn: Any, y: Tensor) -> str:
+    kind = type(unwrap(fn)).__name__
+    return (
+        f"y must hold observations that the {kind} likelihood can have, got dtype {y.dtype} on {y.device}"
+        f"{value_range(y)}."
+    )
 
 
 def _quantile(parts: list[SampledLikelihood], q: float) -> Tensor:
@@ -218,5 +224,10 @@ def _quantile(parts: list[SampledLikelihood], q: float) -> Tensor:
 
 
 def _cdf(fn: Any, y: Tensor) -> Tensor:
-    cdf: Tensor = fn.cdf(y)
+    try:
+        cdf: Tensor = fn.cdf(y)
+    except NotImplementedError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(_no_observations(fn, y)) from error
     return cdf

@@ -1,7 +1,9 @@
 """Checks of numbers that users give, with errors that name the argument, the rule and the value."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 
 def finite(name: str, value: float) -> float:
@@ -46,3 +48,33 @@ def positive(name: str, value: float) -> float:
     if finite(name, value) <= 0:
         raise ValueError(f"{name} must be positive, got {name}={value!r}.")
     return float(value)
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Check that ``value`` is one of several words.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {name}={value!r}.")
+
+
+def function(name: str, value: Any, example: str) -> None:
+    """Check that ``value`` is a function, or another callable that is no class.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, type) or not callable(value):
+        raise ValueError(f"{name} must be a callable, such as {example}, got {value!r}.")
+
+
+def flag(name: str, value: bool) -> None:
+    """Check that ``value`` is True or False.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {name}={value!r}.")

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.optim import Adam
 from torch import Tensor, nn
 
@@ -330,6 +331,48 @@ def test_predictions_for_another_number_of_rows(x: Tensor, y: Tensor) -> None:
         guide = ps.MeanFieldNormal(model).initialize(x, y)
         with pytest.raises(ValueError, match=message):
             ps.predict(model, guide, torch.randn(90, 4))
+
+
+def test_model_without_latents(x: Tensor, y: Tensor) -> None:
+    net = classifier()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with scaled(x):
+            pyro.sample("obs", categorical(net(x)), obs=y)
+
+    with pytest.raises(ValueError, match=r"The model has no latent site to infer: .* pyro_sam.BayesianModule\(net\)"):
+        train(model, x, y, guide=AutoDiagonalNormal(model))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ps.MeanFieldNormal(3), r"model must be a callable, such as a Pyro model, got 3"),
+        (lambda: ps.MeanFieldNormal(make(), init_loc_fn=0.0), r"init_loc_fn must be a callable, such as pyro.infer"),
+        (
+            lambda: ps.MeanFieldNormal(make(), create_plates=[3]),
+            r"create_plates must be a callable, such as a function",
+        ),
+        (
+            lambda: ps.MeanFieldNormal(make(), learn_scale="no"),
+            r"learn_scale must be True or False, got learn_scale='no'",
+        ),
+        (lambda: ps.MeanFieldNormal(make(), init_scale=float), r"init_scale must be a positive finite number"),
+        (lambda: ps.BayesianModule(classifier(), hide=3), r"hide must be names .* or a predicate on names, got 3"),
+        (lambda: ps.BayesianModule(classifier(), hide=str), r"hide must be names .* got <class 'str'>"),
+        (lambda: ps.Mixture(ps.Mean(), [1.0]), r"perturbations must be a sequence, got perturbations=Mean\(\)"),
+        (lambda: ps.Mixture([ps.Mean()], 1.0), r"probs must be a sequence, got probs=1.0"),
+        (lambda: ps.Adversarial(ord="inf"), r"ord must be 2 or inf, got ord='inf'"),
+        (lambda: ps.Adversarial(geometry=torch.zeros(2)), r"geometry must be one of posterior, .* got geometry=tensor"),
+        (lambda: ps.SAM_ELBO(vectorize_particles=2), r"vectorize_particles must be True or False, got vectorize_par"),
+        (lambda: ps.SAM_ELBO(scope=["site"]), r"scope must be one of global, site, event, got scope=\['site'\]"),
+        (lambda: ps.SAM_ELBO(hide=torch.tensor(1.0)), r"hide must be a collection of site names or a predicate"),
+        (lambda: ps.predict(make(), print, progress=1), r"progress must be True or False, got progress=1"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_unknown_errors_and_silent_validation_are_left_alone(x: Tensor, y: Tensor) -> None:

@@ -143,6 +143,7 @@ def test_a_linear_loss_is_flat_on_average_and_rises_by_its_slope() -> None:
     assert flatness.sharpness(model, guide, rho=0.0) == 0.0
     assert flatness.average_sharpness(model, guide, rho=2.0) == pytest.approx(0.0, abs=1e-12)
     assert flatness.hessian_trace(model, guide) == 0.0
+    assert flatness.hessian_eigenvalues(model, guide).tolist() == [0.0]
 
 
 def test_constrained_latents_are_displaced_where_they_are_unconstrained() -> None:

@@ -133,24 +133,39 @@ def test_coverage_counts_points_between_exact_quantiles() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: metrics.accuracy(torch.randn(4, 3), Y), r"sum 1 over the classes, got values .*logits.softmax\(-1\)"),
+        (
+            lambda: metrics.accuracy(torch.randn(4, 3), Y),
+            r"sum 1 over the classes, got torch.float64, values .*logits.softmax\(-1\)",
+        ),
         (
             lambda: metrics.accuracy(PROBS, Y[:3]),
-            r"y must be labels with one row per data point, shape \(4,\), got sha",
+            r"one row per data point of prediction, shape \(4,\), got sha",
         ),
         (lambda: metrics.nll(PROBS, Y[:, None]), r"shape \(4,\), got shape \(4, 1\)"),
-        (lambda: metrics.brier(PROBS, Y + 2), r"y must be whole numbers from 0 to 2, got values from 2 to 3"),
-        (lambda: metrics.ece(PROBS, Y.double() / 2), r"y must be whole numbers from 0 to 2, got values from 0 to 0.5"),
+        (
+            lambda: metrics.brier(PROBS, Y + 2),
+            r"from 0 to 2, as prediction has 3 classes, got torch.int64, values from 2 to 3",
+        ),
+        (
+            lambda: metrics.ece(PROBS, Y.double() / 2),
+            r"y must be whole numbers from 0 to 2, as .* values from 0 to 0.5",
+        ),
         (lambda: metrics.ece(PROBS, Y, num_bins=0), r"num_bins must be a whole number of at least 1"),
         (
             lambda: metrics.accuracy(PROBS.tolist(), Y),
             r"prediction must be a Prediction or probabilities .* got a list",
         ),
         (lambda: metrics.accuracy(PROBS[:0], Y[:0]), r"y must be labels"),
-        (lambda: metrics.rmse(PROBS, Y), r"y must have the shape of the predictions, shape \(4, 3\), got shape \(4,\)"),
+        (
+            lambda: metrics.rmse(PROBS, Y),
+            r"y must be real numbers, one for each of prediction, shape \(4, 3\), got shape",
+        ),
         (lambda: metrics.auroc_ood(PROBS, PROBS[:0]), r"outside must be a Prediction, probabilities"),
         (lambda: metrics.auroc_ood(PROBS * math.nan, PROBS), r"inside must be a Prediction, probabilities"),
-        (lambda: metrics.interval_coverage(PROBS, Y), r"must be draws \(S, \*y.shape\) for y of shape \(4,\), got"),
+        (
+            lambda: metrics.interval_coverage(PROBS, Y),
+            r"must be real draws \(S, \*y.shape\) for y of shape \(4,\), got",
+        ),
         (lambda: metrics.interval_coverage(PROBS, Y, level=1.0), r"level must be between 0 and 1, got level=1.0"),
     ],
 )

@@ -268,8 +268,11 @@ def test_mixture_draws_laws_with_their_probabilities_and_pays_for_the_drawn_one_
         (lambda: ps.MixSAM(kappa=math.nan), r"kappa must be a finite number"),
         (lambda: ps.AscendedSample(math.inf), r"alpha must be a finite number, got alpha=inf"),
         (lambda: ps.Mixture([ps.Mean()], [0.5]), r"probs must sum to one, got probs=\(0.5,\)"),
-        (lambda: ps.Mixture([ps.Mean(), ps.Mean()], [1.0]), r"one probability per law, got 1 for 2 laws"),
-        (lambda: ps.Mixture([], []), r"one probability per law, got 0 for 0"),
+        (
+            lambda: ps.Mixture([ps.Mean(), ps.Mean()], [1.0]),
+            r"one probability per law of perturbations, got 1 for 2 laws",
+        ),
+        (lambda: ps.Mixture([], []), r"one probability per law of perturbations, got 0 for 0"),
         (lambda: ps.Mixture([ps.Mean(), ps.Gaussian()], [1.5, -0.5]), r"probs must be non-negative"),
         (lambda: ps.Mixture(["mean"], [1.0]), r"must be instances of Perturbation such as Gaussian\(\), got 'mean'"),
     ],

@@ -347,6 +347,7 @@ def test_progress_is_shown_on_demand(capsys: pytest.CaptureFixture[str], monkeyp
         ({"batch_size": 0}, r"batch_size must be a whole number of at least 1, got batch_size=0"),
         ({"batch_size": 2.5}, r"batch_size must be a whole number"),
         ({"samples_at_once": 0}, r"samples_at_once must be a whole number of at least 1"),
+        ({"site": 3}, r"site must be a site of the model, got site=3"),
         ({"site": "y"}, r"site must be a site of the model, got site='y'; the model's sites are .*obs"),
     ],
 )
@@ -387,7 +388,7 @@ def test_what_a_prediction_does_not_have_is_explained() -> None:
         _ = prediction.probs
     with pytest.raises(ValueError, match=r"one row per predicted data point, so shape \(12,\), got shape \(5,\)"):
         prediction.log_prob(torch.zeros(5))
-    with pytest.raises(ValueError, match="y must be a tensor of observations, got list"):
+    with pytest.raises(ValueError, match="y must be a tensor of real observations, got list"):
         prediction.log_prob([0.0] * 12)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"observations that the Normal likelihood can have, got dtype .* nan"):
         prediction.log_prob(torch.full((12,), torch.nan))
