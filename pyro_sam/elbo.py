@@ -5,10 +5,11 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
@@ -17,7 +18,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pyro_sam import checks
+from pyro_sam.ascent import PreviousGradients
 from pyro_sam.buffers import kept_buffers
+from pyro_sam.capture import Replayed, Replays
 from pyro_sam.explain import explained
 from pyro_sam.minibatch import follow_minibatch
 from pyro_sam.mistakes import advise
@@ -25,9 +29,10 @@ from pyro_sam.particle import Particle
 from pyro_sam.perturbation import Adversarial, Gaussian, Mixture, Perturbation
 from pyro_sam.step import SCOPES, GuideRun, Scope, Step
 from pyro_sam.structure import Pair, Structures, refuse_enumerated_priors, signature, validate
-from pyro_sam.validation import non_negative
+from pyro_sam.validation import finite, flag, non_negative, one_of
 
 ScaleGradient = Literal["perturbed", "mean"]
+Ascent = Literal["fresh", "previous"]
 
 
 class SAM_ELBO(ELBO):
@@ -59,6 +64,12 @@ class SAM_ELBO(ELBO):
         max_plate_nesting: Largest number of nested plates, as in :class:`pyro.infer.ELBO`; found by a trial run
             if infinite and needed.
         retain_graph: Passed on to ``backward``.
+        ascent: ``"fresh"`` spends a pass on each ascent gradient; ``"previous"`` climbs along an average of the earlier
+            steps' own gradients, at no extra pass, and not at all in the first step. That average is the ELBO's state.
+        ascent_decay: Weight of the past in that average, in [0, 1).
+        compile: Whether to capture the whole step as one graph, once per shape of the data, and to replay it compiled,
+            without Pyro's Python. All data must be arguments of the step: a tensor that the model reaches in another
+            way is taken as it was. A step that is no fixed graph runs as usual, after a logged warning.
         sync_ascent: Whether to average the ascent gradient over all processes of ``torch.distributed``: one adversary
             against the whole batch. Otherwise each process has its own against its share (m-sharpness, SAM's usual).
     Raises:
@@ -79,6 +90,9 @@ class SAM_ELBO(ELBO):
         vectorize_particles: bool = False,
         max_plate_nesting: float = float("inf"),
         retain_graph: bool | None = None,
+        ascent: Ascent = "fresh",
+        ascent_decay: float = 0.9,
+        compile: bool = False,
         sync_ascent: bool = False,
     ) -> None:
         perturbation = Adversarial() if perturbation is None else perturbation
@@ -87,19 +101,11 @@ class SAM_ELBO(ELBO):
                 f"perturbation must be a Perturbation such as Adversarial(rho=1.0), got {perturbation!r} "
                 f"of type {type(perturbation).__name__}."
             )
-        if not isinstance(scale_gradient, str) or scale_gradient not in ("perturbed", "mean"):
-            raise ValueError(f"scale_gradient must be 'perturbed' or 'mean', got scale_gradient={scale_gradient!r}.")
-        if scale_gradient == "mean" and not perturbation.ascends_from_mean:
-            raise ValueError(
-                f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
-                "use Adversarial or MixSAM, or scale_gradient='perturbed'."
-            )
+        one_of("scale_gradient", scale_gradient, ("perturbed", "mean"))
         one_of("scope", scope, SCOPES)
-        if sync_ascent and isinstance(perturbation, Mixture):
-            raise ValueError(
-                f"sync_ascent=True needs a law of the same passes everywhere, and processes of {perturbation!r} "
-                "may choose differently and wait for each other forever; use sync_ascent=False, or one law."
-            )
+        flag("vectorize_particles", vectorize_particles)
+        one_of("ascent", ascent, ("fresh", "previous"))
+        _check_ascent(perturbation, scale_gradient, ascent, ascent_decay, sync_ascent, compile)
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(
                 f"num_particles must be a whole number of at least 1, got num_particles={num_particles!r}."
@@ -116,11 +122,33 @@ class SAM_ELBO(ELBO):
         self.scope = scope
         self.sync_ascent = bool(sync_ascent)
         self.hide: Callable[[str], bool] | frozenset[str] = hide if callable(hide) else _names(hide)
+        self.ascent, self.compile = ascent, bool(compile)
+        self._memory = PreviousGradients(ascent_decay) if ascent == "previous" else None
         self._structures = Structures()
+        self._replays = Replays()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the settings; what was found out about models stays behind."""
-        return {**self.__dict__, "_structures": Structures()}
+        """Return settings and state; what was found out about models stays behind."""
+        memory = None
+        if self._memory is not None:
+            memory = PreviousGradients(self._memory.decay)
+            memory.load_state_dict(self._memory.state_dict())
+        return {**self.__dict__, "_memory": memory, "_structures": Structures(), "_replays": Replays()}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state: the averages of ``ascent="previous"`` by guide site; empty for ``"fresh"``."""
+        return {} if self._memory is None else {"ascent": self._memory.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over a state.
+
+        Raises:
+            ValueError: If it was saved with another ``ascent``.
+        """
+        if (self._memory is not None) != ("ascent" in state):
+            raise ValueError(f"state was saved with another ascent than ascent={self.ascent!r}.")
+        if self._memory is not None:
+            self._memory.load_state_dict(state["ascent"])
 
     @explained
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -138,6 +166,8 @@ class SAM_ELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
+        if self.compile and (replay := self._replay(model, guide, args, kwargs)) is not None:
+            return replay.differentiable()
         total: Any = 0.0
         for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
             total = total + particle.loss()[0] / self.num_particles
@@ -146,6 +176,8 @@ class SAM_ELBO(ELBO):
     @explained
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
+        if self.compile and (replay := self._replay(model, guide, args, kwargs)) is not None:
+            return replay.accumulate()
         total: Tensor | float = 0.0
         for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
             loss, value = particle.loss()
@@ -153,6 +185,33 @@ class SAM_ELBO(ELBO):
                 (loss / self.num_particles).backward(retain_graph=self.retain_graph)
             total = total + value / self.num_particles
         return _number(total)
+
+    def _replay(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Replayed | None:
+        """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
+        law = self.perturbation.toss() if self.num_particles == 1 else self.perturbation
+
+        def step(kl_weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+            total: Any = 0.0
+            conditions = []
+            weight = kl_weight if self.kl_weight else 0.0
+            for particle in self._particles(law, weight, model, guide, args, kwargs):
+                loss, holds = particle.unchecked()
+                total = total + loss / self.num_particles
+                conditions += [] if holds is None else [holds]
+            return total, torch.stack(conditions).all() if conditions else None
+
+        def first(*args: Any, **kwargs: Any) -> None:
+            for particle in self._particles(law, self.kl_weight, model, guide, args, kwargs):
+                particle.loss()
+
+        settings = law, self.kl_weight == 0, self.scale_gradient, self.scope, self.num_particles, checks.enabled()
+        weight = torch.tensor(self.kl_weight, dtype=torch.float64)
+        return self._replays.run(settings, (model, guide), first, step, self._state, weight, args, kwargs)
+
+    def _state(self) -> list[Tensor]:
+        return [] if self._memory is None else self._memory.tensors()
 
     def _inspect(self, pair: Pair, run: GuideRun, model: Trace) -> None:
         key = run.signature, signature(model)
@@ -220,6 +279,7 @@ class SAM_ELBO(ELBO):
                 law=law,
                 hidden=self._is_hidden,
                 scope=self.scope,
+                memory=None if self._memory is None else self._memory.of(pair),
                 sync_ascent=self.sync_ascent,
                 trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
                 inspect=partial(self._inspect, pair),
@@ -236,10 +296,35 @@ class SAM_ELBO(ELBO):
         return int(self.max_plate_nesting)
 
 
+def _check_ascent(
+    perturbation: Perturbation, scale_gradient: str, ascent: str, ascent_decay: float, sync_ascent: bool, compile: bool
+) -> None:
+    if scale_gradient == "mean" and not perturbation.ascends_from_mean:
+        raise ValueError(
+            f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
+            "use Adversarial or MixSAM, or scale_gradient='perturbed'."
+        )
+    if scale_gradient == "mean" and ascent == "previous":
+        raise ValueError("scale_gradient='mean' takes a fresh gradient at the mean; use ascent='fresh'.")
+    if not 0 <= finite("ascent_decay", ascent_decay) < 1:
+        raise ValueError(f"ascent_decay must be in [0, 1), got ascent_decay={ascent_decay!r}.")
+    if sync_ascent and (compile or ascent == "previous"):
+        raise ValueError("sync_ascent=True averages fresh gradients step by step; use ascent='fresh', compile=False.")
+    if sync_ascent and isinstance(perturbation, Mixture):
+        raise ValueError(
+            f"sync_ascent=True needs a law of the same passes everywhere, and processes of {perturbation!r} "
+            "may choose differently and wait for each other forever; use sync_ascent=False, or one law."
+        )
+
+
 def _names(names: Collection[str]) -> frozenset[str]:
     if isinstance(names, str):  # one name, not its letters
         return frozenset([names])
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+    if (
+        isinstance(names, Tensor)
+        or not isinstance(names, Collection)
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(f"hide must be a collection of site names or a predicate on names, got hide={names!r}.")
     return frozenset(names)
 

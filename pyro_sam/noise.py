@@ -135,6 +135,16 @@ def _displace(core: CoreNormal, e: Tensor, detach_scale: bool = False) -> Tensor
     return along_factor + part(core._unbroadcasted_cov_diag).sqrt() * e[..., rank:]
 
 
+def pull_back(core: CoreNormal, gradient: Tensor) -> Tensor:
+    """Return the gradient in a Gaussian's noise, given the one in its value."""
+    if isinstance(core, td.Normal):
+        return gradient * core.scale
+    if isinstance(core, td.MultivariateNormal):
+        return (core._unbroadcasted_scale_tril.mT @ gradient.unsqueeze(-1)).squeeze(-1)
+    along_factor = (core._unbroadcasted_cov_factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
+    return torch.cat([along_factor, core._unbroadcasted_cov_diag.sqrt() * gradient], -1)
+
+
 class NoiseMessenger(Messenger):
     """Place noise at the Gaussian sites of a guide run, and record them in ``sites``.
 

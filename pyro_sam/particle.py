@@ -43,15 +43,22 @@ class Particle:
             # a new pair of model and guide is met under torch's own checks, which point at the user's own line
             if self.pair.valid and checks.enabled():
                 return self._checked_afterwards()
-            loss, _ = self.estimate(self.law.noise(self.step))
+            loss = self.estimate(self.law.noise(self.step))[0]
             return loss, _bare(loss)
+
+    def unchecked(self) -> tuple[Tensor | float, Tensor | None]:
+        """Return the loss with its graph, and whether what torch would have checked holds (None if nobody asked)."""
+        if not checks.enabled():
+            return self.estimate(self.law.noise(self.step))[0], None
+        with checks.postponed():
+            return self.estimate(self.law.noise(self.step), with_conditions=True)
 
     def _checked_afterwards(self) -> tuple[Tensor | float, Tensor | float]:
         e = None
         try:
             with checks.postponed():
                 e = self.law.noise(self.step)
-                loss, holds = self.estimate(e)
+                loss, holds = self.estimate(e, with_conditions=True)
         except (IndexError, RuntimeError, ValueError):
             self.step.check(e)  # says it better, where what torch would have checked is the cause
             raise
@@ -63,8 +70,8 @@ class Particle:
             self.step.check(e)
         return loss, value
 
-    def estimate(self, e: Tensor) -> tuple[Tensor | float, Tensor | None]:
-        """Return the loss at noise ``e``, and whether what torch would have checked holds (None if torch did)."""
+    def estimate(self, e: Tensor, *, with_conditions: bool = False) -> tuple[Tensor | float, Tensor | None]:
+        """Return the loss at noise ``e``, and on demand whether what torch would have checked holds."""
         ordinary = self.step.is_gaussian(e)
         # the first time, the run keeps the noise in its graph to see whether the KL depends on it
         first = not ordinary and not self.pair.dependence
@@ -73,8 +80,12 @@ class Particle:
         if self.scale_at_mean:
             loss = loss + _scale_gradient_at_mean(run, self.step.mean_gradients)
         if isinstance(self.kl_weight, Tensor) or self.kl_weight != 0:
-            loss = loss + self.kl_weight * (kl_loss(run.trace, model) if ordinary else self._kl(e, run, model))
-        return loss, None if checks.enabled() else checks.conditions(run.trace, model)
+            kl = kl_loss(run.trace, model) if ordinary else self._kl(e, run, model)
+            weight = self.kl_weight
+            loss = (
+                loss + (weight.to(kl.dtype) if isinstance(weight, Tensor) and isinstance(kl, Tensor) else weight) * kl
+            )
+        return loss, checks.conditions(run.trace, model) if with_conditions else None
 
     def _kl(self, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
         key = run.signature, signature(model)

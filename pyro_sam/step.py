@@ -16,6 +16,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyro_sam.ascent import PreviousGradients
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.distributed import mean_over_ranks
 from pyro_sam.loss import data_loss
@@ -69,6 +70,7 @@ class Step(NoiseSpace):
         law: The law that will choose the noise.
         hidden: Tells from its name whether a guide site is left at its own random sample.
         scope: What one norm runs over.
+        memory: Where the ascent gradient comes from, if not from a pass of its own.
         sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
         trace_model: Traces the model, given it, ``args`` and ``kwargs``.
         inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
@@ -87,6 +89,7 @@ class Step(NoiseSpace):
         law: Perturbation,
         hidden: Callable[[str], bool],
         scope: Scope,
+        memory: PreviousGradients | None,
         sync_ascent: bool,
         trace_model: Callable[..., Trace],
         inspect: Callable[[GuideRun, Trace], None],
@@ -96,8 +99,9 @@ class Step(NoiseSpace):
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
         self._hidden, self._scope, self._sync_ascent = hidden, scope, sync_ascent
         self._trace_model, self._inspect, self._noise_ends_there = trace_model, inspect, noise_ends_there
+        self._memory = memory if law.uses_gradient else None
         self._many_passes = not isinstance(law, Gaussian)
-        self._ascends = law.uses_gradient
+        self._ascends = law.uses_gradient and memory is None
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
         self._model_bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
@@ -124,7 +128,9 @@ class Step(NoiseSpace):
         return self._gaussian
 
     def gradient(self, e: Tensor) -> Tensor:
-        """Return the data term's gradient at noise ``e``; only the random stream can tell that it ran."""
+        """Return the data term's gradient at noise ``e``, without a trace; or what is remembered of earlier steps."""
+        if self._memory is not None:
+            return self._flatten([self._memory.recall(name, site) for name, site in self._sites.items()])
         with torch.enable_grad(), kept_buffers():
             run = self._guide_run(e, tracked=True)
             loss = data_loss(self._model_run(run))
@@ -176,6 +182,9 @@ class Step(NoiseSpace):
             detach_scale: Whether the model's values have no gradient to the guide's scale.
         """
         run = self._guide_run(e, tracked=tracked, detach_scale=detach_scale)
+        if self._memory is not None:
+            _refuse_subsampled(run)
+            self._memory.watch(run.sites)
         return run, self._model_run(run)
 
     def trial_run(self, e: Tensor) -> tuple[GuideRun, Trace]:
@@ -275,6 +284,16 @@ def _no_gaussian_site(unperturbed: dict[str, str]) -> str:
         f"the guide has no Gaussian site to perturb ({reasons}). Use MeanFieldNormal or another guide with "
         "reparameterised Normal sites, or perturbation=Gaussian()."
     )
+
+
+def _refuse_subsampled(run: GuideRun) -> None:
+    for name in run.sites:
+        for frame in run.trace.nodes[name]["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"ascent='previous' needs the same latents at every step, and site '{name}' is inside the "
+                    f"subsampled plate '{frame.name}'; name it in hide=, or use ascent='fresh'."
+                )
 
 
 def _gradients(loss: Tensor | float, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,70 @@
+r"""The ascent direction from earlier steps: an average of the descent passes' own gradients, at no pass of its own."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sam.noise import NoiseSite, pull_back
+
+
+class PreviousGradients:
+    r"""An exponential average of the gradients in noise space, one tensor per guide site.
+
+    .. math:: \bar u \leftarrow \mathrm{decay}\, \bar u + (1 - \mathrm{decay})\, \nabla_e L(T(e))
+
+    It starts at zero. A gradient that is not finite, as a loss scaler for half precision provokes, leaves it as it is.
+
+    Args:
+        decay: Weight of the past, in [0, 1).
+    References:
+        Becker et al. (2024), "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead",
+        arXiv:2401.12033.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._averages: dict[str, Tensor] = {}
+        self._pair: Any = None
+
+    def of(self, pair: Any) -> "PreviousGradients":
+        """Return the averages for a pair of model and guide; another pair than the last one starts from zero."""
+        if self._pair is not None and self._pair is not pair:
+            self._averages.clear()
+        self._pair = pair
+        return self
+
+    def recall(self, name: str, site: NoiseSite) -> Tensor:
+        """Return the average of a site, shaped like its noise."""
+        average = self._averages.get(name)
+        if average is None or average.shape != site.noise.shape:
+            average = torch.zeros_like(site.noise)
+        self._averages[name] = average = average.to(site.noise)
+        return average
+
+    def watch(self, sites: Mapping[str, NoiseSite]) -> None:
+        """Have the backward pass of a run add its gradients to the averages."""
+        for name, site in sites.items():
+            if site.sample.requires_grad:
+                site.sample.register_hook(partial(self._add, name, site))
+
+    @torch.no_grad()
+    def _add(self, name: str, site: NoiseSite, gradient: Tensor) -> None:
+        average = self.recall(name, site)
+        u = pull_back(site.core, gradient)
+        average.copy_(torch.where(u.isfinite().all(), self.decay * average + (1 - self.decay) * u, average))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the averages themselves."""
+        return list(self._averages.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the averages by site."""
+        return {name: average.clone() for name, average in self._averages.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over averages by site; the next model and guide go on with them."""
+        self._averages = {name: average.detach().clone() for name, average in state.items()}
+        self._pair = None

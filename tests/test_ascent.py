@@ -1,0 +1,145 @@
+"""ascent="previous": the average of the descent passes' gradients, against the sum written out."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import Quadratic
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal
+
+import pyro_sam as ps
+
+
+def previous(law: ps.Perturbation, **settings: Any) -> ps.SAM_ELBO:
+    return ps.SAM_ELBO(law, ascent="previous", kl_weight=0.0, **settings)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+def test_noise_follows_the_average_of_the_gradients_written_out(decay: float) -> None:
+    problem = Quadratic.random()
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.Adversarial(0.7), ascent_decay=decay)
+    e, average = torch.zeros(5), torch.zeros(5)
+    for _ in range(4):
+        loss = elbo.loss_and_grads(model, guide)
+        assert loss == pytest.approx(problem.loss(problem.loc + problem.scale * e).item(), rel=1e-12)
+        average = decay * average + (1 - decay) * problem.u(e)
+        e = 0.7 * average / average.norm()
+
+
+def test_another_model_starts_from_zero() -> None:
+    problem = Quadratic.random()
+    elbo = previous(ps.Adversarial(0.7))
+    for _ in range(2):
+        loss = elbo.loss_and_grads(problem.model(), problem.guide())
+        assert loss == pytest.approx(problem.loss(problem.loc).item(), rel=1e-12)
+
+
+def test_a_negative_alpha_descends() -> None:
+    problem = Quadratic.random()
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.AscendedSample(-0.3))
+    draws = []
+    for _ in range(2):
+        state = torch.get_rng_state()
+        draws.append(torch.randn(5))
+        torch.set_rng_state(state)
+        loss = elbo.loss_and_grads(model, guide)
+    u = problem.u(draws[0])
+    w = problem.loc + problem.scale * (draws[1] - 0.3 * u / u.norm())
+    assert loss == pytest.approx(problem.loss(w).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("make", [ps.MeanFieldNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal])
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_remembered_gradient_is_the_fresh_one(make: Callable[..., Any], vectorize: bool) -> None:
+    problem = Quadratic.random()
+    model = problem.model()
+    guide = make(model)
+    guide()
+    particles = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 0} if vectorize else {}
+    remembering = previous(ps.Adversarial(0.4), ascent_decay=0.0, **particles)
+    remembering.loss_and_grads(model, guide)  # at the mean, where a fresh ascent starts
+    fresh = ps.SAM_ELBO(ps.Adversarial(0.4), kl_weight=0.0, **particles)
+    expected = fresh.loss_and_grads(model, guide)
+    assert remembering.loss_and_grads(model, guide) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_step_runs_the_model_once() -> None:
+    problem = Quadratic.random()
+    inner, guide, runs = problem.model(), problem.guide(), [0]
+
+    def model() -> None:
+        runs[0] += 1
+        inner()
+
+    elbo = previous(ps.MixSAM(0.5))
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide)
+    assert runs[0] == 3
+
+
+@pytest.mark.parametrize("renew", [copy.deepcopy, lambda elbo: pickle.loads(pickle.dumps(elbo)), "state_dict"])
+def test_the_average_is_state_that_survives(renew: Any) -> None:
+    problem = Quadratic.random()
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.Adversarial(0.7))
+    for _ in range(2):
+        elbo.loss_and_grads(model, guide)
+    if renew == "state_dict":
+        other = previous(ps.Adversarial(0.7))
+        other.load_state_dict(elbo.state_dict())
+    else:
+        other = renew(elbo)
+    assert other.loss_and_grads(model, guide) == elbo.loss_and_grads(model, guide)
+    assert list(elbo.state_dict()["ascent"]) == ["w"]
+    assert ps.SAM_ELBO().state_dict() == {}
+    with pytest.raises(ValueError, match="another ascent"):
+        ps.SAM_ELBO().load_state_dict(elbo.state_dict())
+
+
+def test_a_gradient_that_is_not_finite_does_not_spoil_the_average() -> None:
+    problem = Quadratic.random()
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.Adversarial(0.7))
+    elbo.loss_and_grads(model, guide)
+    before = elbo.state_dict()["ascent"]["w"]
+    (elbo.differentiable_loss(model, guide) * torch.inf).backward()  # as a loss scaler overflows
+    assert torch.equal(elbo.state_dict()["ascent"]["w"], before)
+
+
+def test_local_latents_of_a_minibatch_are_refused() -> None:
+    def model() -> None:
+        with pyro.plate("data", 10, subsample_size=3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", 10, subsample_size=3):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ValueError, match="'z' is inside the subsampled plate 'data'"):
+        previous(ps.Adversarial(0.5)).loss_and_grads(model, guide)
+    with pytest.raises(ValueError, match="no Gaussian site"):
+        previous(ps.Adversarial(0.5), hide="z").loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ascent": "stale"}, "ascent must be"),
+        ({"ascent_decay": 1.0}, r"ascent_decay must be in \[0, 1\)"),
+        ({"ascent_decay": float("nan")}, "ascent_decay must be"),
+        ({"ascent": "previous", "scale_gradient": "mean"}, "fresh gradient at the mean"),
+        ({"ascent": "previous", "sync_ascent": True}, "sync_ascent"),
+        ({"compile": True, "sync_ascent": True}, "sync_ascent"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ps.SAM_ELBO(ps.Adversarial(), **settings)

@@ -1,0 +1,243 @@
+"""compile=True: a captured step is the ordinary step, and is captured anew where it must be."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_sam as ps
+from pyro_sam import capture
+
+X = torch.linspace(-1, 1, 24).reshape(12, 2).double()
+Y = (torch.sin(3 * X.sum(-1)) > 0).long()
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay graphs operation by operation, which takes no seconds of a C++ compiler."""
+    monkeypatch.setattr(capture, "_compiled", lambda graph: graph)
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
+
+
+def problem(make: Callable[..., Any] = ps.MeanFieldNormal) -> tuple[nn.Module, Callable[..., Any], Any]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    net = network()
+    bnn = ps.BayesianModule(net)
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", 40, subsample_size=len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    guide = make(model)
+    guide(X, Y)
+    return net, model, guide
+
+
+def trained(compile: bool, law: ps.Perturbation, make: Any = ps.MeanFieldNormal, **settings: Any) -> Any:
+    """Return losses, parameters and buffers of a few steps on minibatches of two shapes."""
+    net, model, guide = problem(make)
+    svi = SVI(model, guide, Adam({"lr": 0.02}), ps.SAM_ELBO(law, compile=compile, **settings))
+    pyro.set_rng_seed(1)
+    losses = [svi.step(X[:n], Y[:n]) for n in (6, 6, 4, 6, 4)]
+    parameters = {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+    return losses, parameters, {name: b.clone() for name, b in net.named_buffers()}
+
+
+LAWS = [
+    ps.Mean(),
+    ps.Gaussian(),
+    ps.Adversarial(0.5),
+    ps.Adversarial(0.5, steps=2, geometry="fisher"),
+    ps.MixSAM(0.5),
+    ps.AscendedSample(0.5),
+    ps.Mixture([ps.Gaussian(), ps.Adversarial(0.5)], [0.5, 0.5]),
+]
+CASES: list[tuple[ps.Perturbation, dict[str, Any]]] = [
+    *((law, {}) for law in LAWS),
+    (ps.Adversarial(0.5), {"ascent": "previous"}),
+    (ps.AscendedSample(-0.5), {"ascent": "previous"}),
+    (ps.Adversarial(0.5), {"scale_gradient": "mean", "kl_weight": 0.3}),
+    (ps.MixSAM(0.5), {"scope": "site", "hide": ["0.bias"], "kl_weight": 0.0}),
+    (ps.MixSAM(0.5), {"num_particles": 2}),
+    (ps.MixSAM(0.5), {"make": AutoNormal}),
+    (ps.Adversarial(0.5), {"make": AutoMultivariateNormal}),
+]
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize(("law", "settings"), CASES, ids=str)
+def test_replayed_steps_are_the_ordinary_ones(law: ps.Perturbation, settings: dict[str, Any]) -> None:
+    ordinary, captured = trained(False, law, **settings), trained(True, law, **settings)
+    assert captured[0] == pytest.approx(ordinary[0], rel=1e-10)
+    for here, there in zip(captured[1:], ordinary[1:], strict=True):
+        assert here.keys() == there.keys()
+        for name in here:
+            torch.testing.assert_close(here[name], there[name], rtol=1e-8, atol=1e-10)
+
+
+def test_compiled_steps_are_the_ordinary_ones() -> None:
+    ordinary, compiled = trained(False, ps.MixSAM(0.5)), trained(True, ps.MixSAM(0.5))
+    assert compiled[0] == pytest.approx(ordinary[0], rel=1e-8)
+    for name, value in compiled[1].items():
+        torch.testing.assert_close(value, ordinary[1][name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_python_runs_only_for_the_capture() -> None:
+    _, inner, guide = problem()
+    runs = [0]
+
+    def model(*args: Any) -> None:
+        runs[0] += 1
+        inner(*args)
+
+    elbo = ps.SAM_ELBO(ps.MixSAM(0.5), compile=True)
+    losses = [elbo.loss_and_grads(model, guide, X, Y)]
+    captured = runs[0]
+    losses += [elbo.loss_and_grads(model, guide, X, Y) for _ in range(3)]
+    assert runs[0] == captured
+    assert len(set(losses)) == 4  # fresh noise and fresh masks every time
+
+
+@pytest.mark.usefixtures("replayed")
+def test_capture_itself_advances_no_running_statistics() -> None:
+    net, model, guide = problem()
+    elbo = ps.SAM_ELBO(ps.MixSAM(0.5), compile=True)
+    elbo.loss_and_grads(model, guide, X, Y)
+    assert int(net[1].num_batches_tracked) == 1
+    for _ in range(2):
+        elbo.loss_and_grads(model, guide, X, Y)
+    assert int(net[1].num_batches_tracked) == 3
+
+
+@pytest.mark.usefixtures("replayed")
+def test_what_a_graph_holds_is_captured_anew_when_it_changes() -> None:
+    net, model, guide = problem()
+    elbo, plain = ps.SAM_ELBO(ps.Mean(), compile=True), ps.SAM_ELBO(ps.Mean())
+
+    def same() -> None:
+        pyro.set_rng_seed(3)
+        expected = float(plain.loss_and_grads(model, guide, X, Y))
+        pyro.set_rng_seed(3)
+        assert elbo.loss_and_grads(model, guide, X, Y) == pytest.approx(expected, rel=1e-10)
+
+    same()
+    net.eval()  # no dropout, running statistics
+    same()
+    elbo.kl_weight = plain.kl_weight = 0.25
+    same()
+    elbo.kl_weight = plain.kl_weight = 0.0
+    same()
+    elbo.perturbation = plain.perturbation = ps.Adversarial(0.7)
+    same()
+    store = pyro.get_param_store()
+    name = next(iter(store.keys()))
+    store[name] = store[name].detach() + 1.0  # another tensor under the same name
+    same()
+
+
+@pytest.mark.usefixtures("replayed")
+def test_a_loaded_state_reaches_the_graph() -> None:
+    _, model, guide = problem()
+    elbo = ps.SAM_ELBO(ps.Adversarial(2.0), compile=True, ascent="previous")
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide, X, Y)
+    state = elbo.state_dict()
+    losses = []
+    for _ in range(2):
+        elbo.load_state_dict(state)
+        pyro.set_rng_seed(4)
+        losses.append(elbo.loss_and_grads(model, guide, X, Y))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_elbo_module_and_accumulated_gradients() -> None:
+    gradients = []
+    for compile in (False, True):
+        _, model, guide = problem()
+        loss = ps.SAM_ELBO(ps.MixSAM(0.5), compile=compile)(model, guide)
+        pyro.set_rng_seed(2)
+        for _ in range(2):
+            (0.5 * loss(X, Y)).backward()
+        gradients.append([p.grad.clone() for p in guide.parameters()])
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_bad_values_are_refused_and_change_nothing() -> None:
+    net, model, guide = problem()
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.5), compile=True)
+    elbo.loss_and_grads(model, guide, X, Y)
+    grads = [p.grad.clone() for p in guide.parameters()]
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    with pytest.raises(ValueError, match="logits"):
+        elbo.loss_and_grads(model, guide, X * torch.nan, Y)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(guide.parameters(), grads, strict=True))
+    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.tensor(0))
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        self.runs = self.runs + 1
+        return w
+
+
+def branching(w: torch.Tensor) -> torch.Tensor:
+    return w if w > 0 else -w
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize(
+    ("function", "reason"), [(branching, "values of tensors"), (Counting(), "replaces its buffer 'runs'")]
+)
+def test_a_step_that_is_no_graph_runs_as_usual_and_says_so(
+    function: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def model(y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(1.0, 1.0))
+        pyro.sample("obs", dist.Normal(function(w), 1.0), obs=y)
+
+    results = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        guide = ps.MeanFieldNormal(model, init_loc_fn=lambda site: torch.tensor(0.7))
+        elbo = ps.SAM_ELBO(ps.Adversarial(0.5), compile=compile)
+        with caplog.at_level(logging.WARNING):
+            results.append([elbo.loss_and_grads(model, guide, torch.tensor(y)) for y in (0.0, 2.0)])
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+    assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_without_a_compiler_the_graph_is_replayed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        def fail(*inputs: Any) -> Any:
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.WARNING):
+        captured = trained(True, ps.MixSAM(0.5))
+    assert captured[0] == pytest.approx(trained(False, ps.MixSAM(0.5))[0], rel=1e-10)
+    assert "no C++ compiler" in caplog.records[0].message
