@@ -202,7 +202,7 @@ def _shown(sizes: list[int | None], progress: bool) -> Iterable[int | None]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm, or leave the progress bar out.") from error
+        raise ImportError("progress=True needs tqdm: pip install pyro-sam[progress]") from error
     return tqdm(sizes, desc="predict", unit="run")
 
 
