@@ -1,0 +1,140 @@
+"""What the processes of the distributed tests run; every function gets its rank and returns what is compared."""
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import pyro_sam as ps
+from pyro_sam.checkpoint import Checkpoint
+
+N = 16
+
+
+def enter(rank: int, ranks: int, meeting: str, folder: str, job: str, args: tuple[Any, ...]) -> None:
+    """Join the group, run a job and leave its result in a file."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
+    )
+    try:
+        torch.save(globals()[job](rank, ranks, *args), Path(folder) / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def setting(seed: int = 0) -> tuple[Any, Any, Tensor, Tensor]:
+    """Return model, guide and all the data, the same for one seed."""
+    pyro.set_rng_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    bnn = ps.BayesianModule(net)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bnn = bnn
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            mean = self.bnn(x).squeeze(-1)
+            # rows of its own: with subsample_size a share would draw numbers that the whole batch does not
+            with pyro.plate("data", N, subsample=torch.arange(len(x))):
+                pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    model = Model()
+    x = torch.linspace(-1, 1, 2 * N).reshape(N, 2)
+    return model, ps.MeanFieldNormal(model, init_scale=0.1), x, x.sum(-1).sin()
+
+
+def values(guide: Any) -> dict[str, Tensor]:
+    """Return the guide's parameters."""
+    return {name: param.detach().clone() for name, param in guide.named_parameters()}
+
+
+def ddp(rank: int, ranks: int, law: ps.Perturbation, sync: bool, steps: int, seed_apart: bool) -> dict[str, Tensor]:
+    """Train ELBOModule under DDP (or alone, at one rank), each rank on its share."""
+    model, guide, x, y = setting()
+    share = slice(rank * N // ranks, (rank + 1) * N // ranks)
+    x, y = x[share], y[share]
+    guide.initialize(x, y)
+    module: nn.Module = ps.SAM_ELBO(law, sync_ascent=sync)(model, guide)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # the network's own weights only start the guide
+    loss = DistributedDataParallel(module) if ranks > 1 else module
+    optimizer = torch.optim.SGD(guide.parameters(), lr=1e-3, momentum=0.9)
+    pyro.set_rng_seed(7 + rank * seed_apart)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        optimizer.step()
+    return {**values(guide), "noise": torch.randn(3)}
+
+
+def accumulate(rank: int, ranks: int, parts: int) -> dict[str, Tensor]:
+    """Train under DDP with gradients summed over parts of a share, without a message for each."""
+    model, guide, x, y = setting()
+    guide.initialize(x, y)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    loss: Any = DistributedDataParallel(ps.SAM_ELBO(ps.Mean())(model, guide))
+    optimizer = torch.optim.SGD(guide.parameters(), lr=1e-3)
+    share = torch.arange(N)[rank::ranks]
+    for _ in range(5):
+        optimizer.zero_grad()
+        *early, last = share.chunk(parts)
+        with loss.no_sync():
+            for rows in early:
+                (loss(x[rows], y[rows]) / parts).backward()
+        (loss(x[last], y[last]) / parts).backward()
+        optimizer.step()
+    return values(guide)
+
+
+def fit(
+    rank: int,
+    ranks: int,
+    epochs: int,
+    checkpoint: str | None = None,
+    dies: int = 0,
+    batch: int = 4,
+    law: ps.Perturbation | None = None,
+    sync: bool = False,
+) -> dict[str, Tensor]:
+    """Train by ``ps.fit``; from seeds apart, and rank 1 may die in the middle of a step."""
+    model, guide, x, y = setting(seed=rank)
+    steps = 0
+
+    class Loss(ps.SAM_ELBO):
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+            nonlocal steps
+            steps += 1
+            if rank == 1 and steps == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().loss_and_grads(*args, **kwargs)
+
+    data = TensorDataset(x, y)
+    sampler: Any = DistributedSampler(data) if ranks > 1 else None
+    loader = DataLoader(data, batch_size=batch, sampler=sampler)
+    optim = ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.01}, clip_norm=100.0)
+    svi = SVI(model, guide, optim, loss=Loss(law or ps.MixSAM(rho=0.5), sync_ascent=sync))
+    keep = Checkpoint(checkpoint, every=1) if checkpoint else None
+    history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep)
+    return {**values(guide), "loss": torch.tensor(history["loss"])}
+
+
+def launch(ranks: int, folder: Path, job: str, *args: Any) -> list[dict[str, Tensor]]:
+    """Run a job in processes and return every rank's result; raises where one fails."""
+    start: Callable[..., Any] = torch.multiprocessing.start_processes
+    start(enter, (ranks, uuid4().hex, str(folder), job, args), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
