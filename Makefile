@@ -12,13 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.pyro-sam-installed
 
-.PHONY: help setup demo figure test lint dist clean
+.PHONY: help setup demo figure test soak lint dist clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   compare the methods on the digits data set (results in $(OUT))"
 	@echo "make figure run the demo and keep its figure for the README"
 	@echo "make test   run the whole suite: tests, README, tutorials"
+	@echo "make soak   train for 20 000 steps and see that nothing grows"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   build the wheel and the sdist, and look into both"
 	@echo "make clean  remove what the commands above made, $(VENV) included"
@@ -48,6 +49,10 @@ figure: demo
 test: $(STAMP)
 	@echo "== running the tests, the README's examples and the tutorials"
 	@$(BIN)/python -m pytest tests README.md tutorials --nbmake $(TEST_ARGS)
+
+soak: $(STAMP)
+	@echo "== 20 000 steps: memory, param store and optimiser state must not grow"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: $(STAMP)
 	@echo "== checking style and types"

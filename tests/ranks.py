@@ -133,6 +133,26 @@ def fit(
     return {**values(guide), "loss": torch.tensor(history["loss"])}
 
 
+def traffic(rank: int, ranks: int, sync: bool) -> dict[str, Tensor]:
+    """Count the scalars that one step of ``ps.fit`` sums over ranks, and those that stay in memory after it."""
+    model, guide, x, y = setting()
+    sent, send = [0], torch.distributed.all_reduce
+
+    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent[0] += tensor.numel()
+        return send(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = count
+    optim = ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.01})
+    svi = SVI(model, guide, optim, loss=ps.SAM_ELBO(sync_ascent=sync))
+    ps.fit(svi, [(x, y)], 1, progress=False)
+    optimizer: Any = optim.optimizer
+    latents = sum(param.numel() for param in model.parameters())
+    kept = sum(each.numel() for state in optimizer.state.values() for each in state.values() if each.dim())
+    params = sum(param.numel() for param in optim.optim_objs)
+    return {name: torch.tensor(value) for name, value in {"d": latents, "sent": sent[0], "kept": kept + params}.items()}
+
+
 def launch(ranks: int, folder: Path, job: str, *args: Any) -> list[dict[str, Tensor]]:
     """Run a job in processes and return every rank's result; raises where one fails."""
     start: Callable[..., Any] = torch.multiprocessing.start_processes

@@ -84,6 +84,14 @@ def test_a_rank_that_dies_fails_the_job_and_the_run_resumes_to_the_same_end(tmp_
         assert_close(resumed[rank], straight[rank])
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_memory_and_traffic_are_those_of_the_formulas(sync: bool, tmp_path: Path) -> None:
+    found = {name: int(value) for name, value in launch(2, tmp_path, "traffic", sync)[0].items()}
+    d = found["d"]
+    assert found["sent"] == 2 * d + 1 + (d if sync else 0)
+    assert found["kept"] == 6 * d
+
+
 def test_a_mixture_cannot_have_one_adversary() -> None:
     mixture: Any = ps.Mixture([ps.Gaussian(), ps.Adversarial()], [0.5, 0.5])
     with pytest.raises(ValueError, match="sync_ascent=True needs a law of the same passes everywhere"):

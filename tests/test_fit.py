@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from soak import soak
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -406,3 +407,10 @@ def test_pyros_optimisers_keep_no_checkpoint_under_module_local_params(tmp_path:
 def test_checkpoints_as_often_as_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every must be a positive whole number of steps"):
         Checkpoint(tmp_path / "c", every=0)
+
+
+def test_nothing_grows_over_many_steps() -> None:
+    first, *_, last = soak(400)
+    for name in ("tensors", "store", "state"):
+        assert last[name] == first[name], name
+    assert last["step"] == 400
