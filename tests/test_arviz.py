@@ -72,7 +72,7 @@ def test_arviz_knows_what_it_gets_and_netcdf_keeps_it(tmp_path: Path) -> None:
     loo = arviz.loo(data)
     elpd = loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd  # before and after ArviZ 1
     log_prob = torch.as_tensor(data.log_likelihood["obs"].values[0]).logsumexp(0) - math.log(200)
-    assert float(elpd) == pytest.approx(float(log_prob.sum()), abs=0.1)
+    assert log_prob.sum() - 1 < float(elpd) < log_prob.sum()  # leaving a point out costs a little
     data.to_netcdf(tmp_path / "posterior.nc")
     again = arviz.from_netcdf(tmp_path / "posterior.nc")
     for group in ("posterior", "posterior_predictive", "log_likelihood", "observed_data"):
