@@ -103,7 +103,9 @@ class SAM_ELBO(ELBO):
             )
         one_of("scale_gradient", scale_gradient, ("perturbed", "mean"))
         one_of("scope", scope, SCOPES)
-        flag("vectorize_particles", vectorize_particles)
+        switches = {"vectorize_particles": vectorize_particles, "compile": compile, "sync_ascent": sync_ascent}
+        for name, value in switches.items():
+            flag(name, value)
         one_of("ascent", ascent, ("fresh", "previous"))
         _check_ascent(perturbation, scale_gradient, ascent, ascent_decay, sync_ascent, compile)
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
@@ -120,9 +122,9 @@ class SAM_ELBO(ELBO):
         self.kl_weight = non_negative("kl_weight", kl_weight)
         self.scale_gradient = scale_gradient
         self.scope = scope
-        self.sync_ascent = bool(sync_ascent)
+        self.sync_ascent = sync_ascent
         self.hide: Callable[[str], bool] | frozenset[str] = hide if callable(hide) else _names(hide)
-        self.ascent, self.compile = ascent, bool(compile)
+        self.ascent, self.compile = ascent, compile
         self._memory = PreviousGradients(ascent_decay) if ascent == "previous" else None
         self._structures = Structures()
         self._replays = Replays()
@@ -283,6 +285,7 @@ class SAM_ELBO(ELBO):
                 sync_ascent=self.sync_ascent,
                 trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
                 inspect=partial(self._inspect, pair),
+                is_new=not pair.valid,
                 noise_ends_there=pair.noise_ends_at_sites,
             )
             yield Particle(step, pair, law, kl_weight, at_mean)

@@ -17,6 +17,8 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
+from pyro_sam.buffers import kept_buffers
+
 
 class EnumerableSite(Exception):
     """A run without enumeration has met a site that is to be summed out."""
@@ -54,7 +56,8 @@ class Enumeration:
         """
         if self._first_dim is None:
             try:
-                return poutine.trace(model).get_trace(*args, **kwargs)
+                with kept_buffers(on_error_only=True):
+                    return poutine.trace(model).get_trace(*args, **kwargs)
             except EnumerableSite:
                 self._first_dim = first_dim()
         with EnumMessenger(self._first_dim):

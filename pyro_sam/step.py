@@ -73,7 +73,8 @@ class Step(NoiseSpace):
         memory: Where the ascent gradient comes from, if not from a pass of its own.
         sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
         trace_model: Traces the model, given it, ``args`` and ``kwargs``.
-        inspect: Called after each run of both, with the guide's run and the model's trace; raises on a misfit.
+        inspect: Called after a run of both, with the guide's run and the model's trace; raises on a misfit.
+        is_new: Whether to inspect the ascent's runs too, as nothing is known of model and guide.
         noise_ends_there: Tells of a guide's run, and a way to run it at other noise, whether nothing but the values
             of its Gaussian sites depends on the noise. Then the guide runs only once a step.
     """
@@ -93,6 +94,7 @@ class Step(NoiseSpace):
         sync_ascent: bool,
         trace_model: Callable[..., Trace],
         inspect: Callable[[GuideRun, Trace], None],
+        is_new: bool,
         noise_ends_there: Callable[[GuideRun, Callable[[Mapping[str, Tensor]], GuideRun]], bool],
     ) -> None:
         super().__init__(num_particles)
@@ -100,6 +102,7 @@ class Step(NoiseSpace):
         self._hidden, self._scope, self._sync_ascent = hidden, scope, sync_ascent
         self._trace_model, self._inspect, self._noise_ends_there = trace_model, inspect, noise_ends_there
         self._memory = memory if law.uses_gradient else None
+        self._is_new = is_new
         self._many_passes = not isinstance(law, Gaussian)
         self._ascends = law.uses_gradient and memory is None
         self._held: dict[str, Tensor] = {}
@@ -133,7 +136,7 @@ class Step(NoiseSpace):
             return self._flatten([self._memory.recall(name, site) for name, site in self._sites.items()])
         with torch.enable_grad(), kept_buffers():
             run = self._guide_run(e, tracked=True)
-            loss = data_loss(self._model_run(run))
+            loss = data_loss(self._model_run(run, inspect=self._is_new))
             noises = {name: site.noise for name, site in run.sites.items()}
             samples = {name: site.sample for name, site in run.sites.items()} if e is self._mean else {}
             gradients = _gradients(loss, [*noises.values(), *samples.values()])
@@ -245,11 +248,12 @@ class Step(NoiseSpace):
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
         return GuideRun(trace, handler.sites, handler.unperturbed, signature(trace), tracked)
 
-    def _model_run(self, run: GuideRun) -> Trace:
+    def _model_run(self, run: GuideRun, *, inspect: bool = True) -> Trace:
         self._model_start, stream = self._stream(self._model_start)
         with stream, ReplayMessenger(run.trace.nodes, self._held, self._model_bookmarks):
             trace = self._trace_model(self._model, args=self._args, kwargs=self._kwargs)
-        self._inspect(run, trace)
+        if inspect:
+            self._inspect(run, trace)
         return trace
 
     def _stream(self, start: RandomState | None) -> tuple[RandomState | None, AbstractContextManager[None]]:

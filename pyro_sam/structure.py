@@ -80,11 +80,14 @@ def signature(trace: Trace) -> Hashable:
     A distribution's kind has in it which operation each of its parameters came from, so that a prior whose parameter
     becomes another latent's value is met as a new one.
     """
-    return tuple(
-        (name, site["is_observed"], _shape(site), _kind(site["fn"]), site["fn"].batch_shape, site["cond_indep_stack"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
-    )
+    kept: Any = vars(trace)
+    if "signature" not in kept:  # a trace is made anew at each run
+        kept["signature"] = tuple(
+            (name, site["is_observed"], _shape(site), _kind(site["fn"]), site["cond_indep_stack"])
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
+        )
+    return kept["signature"]
 
 
 def _shape(site: Any) -> Hashable:
@@ -92,10 +95,10 @@ def _shape(site: Any) -> Hashable:
 
 
 def _kind(fn: Any) -> Hashable:
-    kinds: list[Any] = [(type(fn), fn.event_shape)]
+    kinds: list[Any] = [fn.batch_shape, type(fn), fn.event_shape]
     while (base := getattr(fn, "base_dist", None)) is not None:
         fn = base
-        kinds.append((type(fn), fn.event_shape))
+        kinds += type(fn), fn.event_shape
     kinds.extend(type(value.grad_fn) for value in vars(fn).values() if isinstance(value, Tensor))
     return tuple(kinds)
 

@@ -24,7 +24,7 @@ from pyro_sam.structure import Structures
         ({"kl_weight": -0.1}, r"kl_weight must be non-negative, got kl_weight=-0.1"),
         ({"kl_weight": math.nan}, r"kl_weight must be a finite number, got kl_weight=nan"),
         ({"scope": "all"}, r"scope must be one of global, site, event, got scope='all'"),
-        ({"scale_gradient": "none"}, r"scale_gradient must be 'perturbed' or 'mean', got scale_gradient='none'"),
+        ({"scale_gradient": "none"}, r"scale_gradient must be one of perturbed, mean, got scale_gradient='none'"),
         ({"num_particles": 0}, r"num_particles must be a whole number of at least 1, got num_particles=0"),
         ({"num_particles": 1.5}, r"num_particles must be a whole number"),
         ({"perturbation": 0.5}, r"perturbation must be a Perturbation such as Adversarial\(rho=1.0\), got 0.5"),

@@ -284,3 +284,22 @@ def test_unmarked_or_sampled_discrete_sites_are_refused_with_the_cure(mark: Call
 
     with pytest.raises(ValueError, match=r"'k' of the model is discrete \(Bernoulli\).*config_enumerate"):
         ps.SAM_ELBO().loss_and_grads(mark(model), lambda: guides.normal("w"))
+
+
+def test_running_statistics_advance_once_in_the_step_that_meets_the_first_enumerated_site() -> None:
+    norm = torch.nn.BatchNorm1d(1)
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        x = norm(torch.arange(4.0)[:, None]).squeeze(-1)
+        with pyro.plate("data", 4):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("obs", dist.Normal(x + k * loc, 1.0), obs=torch.zeros(4))
+
+    def guide() -> None:
+        pyro.sample("loc", dist.Normal(pyro.param("at", torch.tensor(0.1)), 0.1))
+
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.5))
+    for step in (1, 2):
+        elbo.loss_and_grads(model, guide)
+        assert int(norm.num_batches_tracked) == step
