@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_sam as ps
 from pyro_sam.checkpoint import Checkpoint
+from pyro_sam.distributed import average_gradients, mean_number
 
 N = 16
 
@@ -131,6 +132,15 @@ def fit(
     keep = Checkpoint(checkpoint, every=1) if checkpoint else None
     history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep)
     return {**values(guide), "loss": torch.tensor(history["loss"])}
+
+
+def mean(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Average a gradient that is there on rank 0 only, and numbers."""
+    a, b = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    a.grad = torch.full((2,), float(rank))
+    b.grad = torch.ones(1) if rank == 0 else None
+    average_gradients([a, b])
+    return {"a": a.grad, "b": b.grad, "number": torch.tensor(mean_number(float(rank)))}
 
 
 def traffic(rank: int, ranks: int, sync: bool) -> dict[str, Tensor]:

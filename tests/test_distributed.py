@@ -98,6 +98,13 @@ def test_a_mixture_cannot_have_one_adversary() -> None:
         ps.SAM_ELBO(mixture, sync_ascent=True)
 
 
+def test_gradients_and_losses_are_means_over_ranks(tmp_path: Path) -> None:
+    for found in launch(2, tmp_path, "mean"):
+        assert found["a"].tolist() == [0.5, 0.5]
+        assert found["b"].tolist() == [0.5]
+        assert found["number"] == 0.5
+
+
 def test_one_process_is_its_own_mean() -> None:
     param = torch.zeros(2, requires_grad=True)
     param.grad = torch.ones(2)

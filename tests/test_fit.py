@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
-from pyro_sam.checkpoint import Checkpoint
+from pyro_sam.checkpoint import Checkpoint, read
 from pyro_sam.fit import EarlyStopping
 from pyro_sam.optim import JointOptim
 from pyro_sam.training import Training
@@ -299,6 +299,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_same_end(tmp_path: 
     restart()
     with pytest.raises(KeyboardInterrupt):
         fit(build(Interrupting(ps.MixSAM(rho=0.5))), loader(), 3, checkpoint=tmp_path / "c")
+    assert read(tmp_path / "c")["step"] == 5
     restart(99)
     with pytest.warns(UserWarning, match="the loss is not the one of the checkpoint"):
         history = fit(build(), loader(), 3, checkpoint=tmp_path / "c")
