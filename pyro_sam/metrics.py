@@ -152,7 +152,7 @@ def interval_coverage(prediction: Prediction | Tensor, y: Tensor, *, level: floa
         raise ValueError(f"level must be between 0 and 1, got level={level!r}.")
     if isinstance(prediction, Prediction):
         tail = prediction.cdf(y)
-    elif _is_real(y) and _is_real(prediction) and prediction.shape[1:] == y.shape and len(prediction):
+    elif _is_real(y) and _is_real(prediction) and prediction.dim() and prediction.shape[1:] == y.shape:
         tail = (prediction <= y).double().mean(0)
     else:
         raise ValueError(f"prediction must be real draws (S, *y.shape) for y of {_shape(y)}, got {_shape(prediction)}.")

@@ -95,6 +95,10 @@ def targets() -> Iterator[Target]:
             "vectorize_particles": False,
             "max_plate_nesting": 2,
             "retain_graph": None,
+            "ascent": "fresh",
+            "ascent_decay": 0.9,
+            "sync_ascent": False,
+            "compile": False,
         },
     )
 
