@@ -305,7 +305,7 @@ def _check_ascent(
     if scale_gradient == "mean" and not perturbation.ascends_from_mean:
         raise ValueError(
             f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
-            "use Adversarial or MixSAM, or scale_gradient='perturbed'."
+            "use perturbation=Adversarial() or MixSAM(), or scale_gradient='perturbed'."
         )
     if scale_gradient == "mean" and ascent == "previous":
         raise ValueError("scale_gradient='mean' takes a fresh gradient at the mean; use ascent='fresh'.")
