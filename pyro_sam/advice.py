@@ -94,9 +94,14 @@ def has_nan(batch: Any) -> str:
     return ""
 
 
+def elbo_of(svi: SVI) -> Any:
+    """Return the ELBO whose method the loss is; None for another function."""
+    return getattr(svi.loss, "__self__", None)
+
+
 def elbo_settings(svi: SVI) -> dict[str, str]:
     """Return the settings of the loss as text."""
-    loss = getattr(svi.loss, "__self__", None)  # an ELBO, whose method it is
+    loss = elbo_of(svi)
     public = {name: repr(value) for name, value in vars(loss).items() if not name.startswith("_")} if loss else {}
     public.pop("max_plate_nesting", None)  # found out on the way
     return {"class": type(loss).__name__, **public}

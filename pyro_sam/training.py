@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_sam import checkpoint as files
 from pyro_sam import distributed
 from pyro_sam.advice import (
+    elbo_of,
     elbo_settings,
     has_nan,
     store_before,
@@ -28,6 +29,7 @@ from pyro_sam.advice import (
 )
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
+from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.interrupt import deferred_interrupt
 from pyro_sam.optim import JointOptim
 from pyro_sam.position import Position, arguments, check_arguments
@@ -216,6 +218,7 @@ class Training:
             "trained": self._trained.state(),
             "optim": self.svi.optim.get_state(),
             "elbo": elbo_settings(self.svi),
+            "ascent": distributed.gathered(self._elbo_state()),
             "versions": files.versions(),
         }
         if distributed.rank() > 0:
@@ -226,6 +229,10 @@ class Training:
             warnings.warn(f"no checkpoint was written at step {self.step}, training goes on: {error}.", stacklevel=2)
         else:
             self._written = self.step
+
+    def _elbo_state(self) -> dict[str, Any]:
+        elbo = elbo_of(self.svi)
+        return dict(elbo.state_dict()) if isinstance(elbo, SAM_ELBO) else {}
 
     def _resume(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Put everything into a saved state; return the random states to go on from."""
@@ -252,6 +259,9 @@ class Training:
         ]
         if changed:
             warnings.warn(f"the loss is not the one of the checkpoint ({'; '.join(changed)}).", stacklevel=2)
+        elbo, ascent = elbo_of(self.svi), saved["ascent"][distributed.rank()]
+        if isinstance(elbo, SAM_ELBO) and not changed:
+            elbo.load_state_dict(ascent)
         self._written, self._position.last = self.step, batch
         self._position.start = saved["start"][distributed.rank()]
         return saved["random"][distributed.rank()]

@@ -78,6 +78,13 @@ def test_resumed_at_any_step_it_ends_as_if_undisturbed(every: int, local: bool, 
         assert_equal(train(file, 3, every=every, local=local), straight)
 
 
+def test_the_ascent_of_earlier_steps_goes_on(tmp_path: Path) -> None:
+    straight = train(None, 3, ascent="previous")
+    with pytest.raises(Killed):
+        train(tmp_path / "a", 3, ascent="previous", after_step=kill_at(8))
+    assert_equal(train(tmp_path / "a", 3, ascent="previous"), straight)
+
+
 @pytest.mark.parametrize("optim", ["epoch", "pyro", "decaying"])
 def test_resumed_with_schedulers_and_after_the_last_step_of_an_epoch_too(optim: str, tmp_path: Path) -> None:
     straight = train(None, 3, optim=optim)

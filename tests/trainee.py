@@ -60,6 +60,7 @@ def train(
     every: int = 1,
     local: bool = False,
     optim: str = "step",
+    ascent: Any = "fresh",
     after_step: Any = None,
     after_epoch: Any = None,
 ) -> dict[str, Tensor]:
@@ -77,7 +78,7 @@ def train(
             pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
 
     guide = ps.MeanFieldNormal(model, init_scale=0.05)
-    svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step))
+    svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step, ascent))
     keep = checkpoint and Checkpoint(checkpoint, every=every)
     loader = DataLoader(Jittered(), batch_size=5, shuffle=True)
     callbacks = [after_epoch] if after_epoch else []
@@ -96,8 +97,8 @@ def train(
 class Loss(ps.SAM_ELBO):
     """MixSAM that calls a function in the middle of every step."""
 
-    def __init__(self, after_step: Any) -> None:
-        super().__init__(ps.MixSAM(rho=0.5))
+    def __init__(self, after_step: Any, ascent: Any) -> None:
+        super().__init__(ps.MixSAM(rho=0.5), ascent=ascent)
         self._after_step = after_step
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
