@@ -62,6 +62,8 @@ def test_remembered_gradient_is_the_fresh_one(make: Callable[..., Any], vectoriz
     model = problem.model()
     guide = make(model)
     guide()
+    for parameter in guide.parameters():  # away from a diagonal covariance
+        parameter.data += 0.3 * torch.randn_like(parameter)
     particles = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 0} if vectorize else {}
     remembering = previous(ps.Adversarial(0.4), ascent_decay=0.0, **particles)
     remembering.loss_and_grads(model, guide)  # at the mean, where a fresh ascent starts

@@ -96,7 +96,7 @@ def test_variational_sam(scale_gradient: Any, rho: float | None) -> None:
 
     torch.testing.assert_close(guide.median()["w"], problem.loc - LR * (g_there + 0.5 * kl_loc), rtol=1e-12, atol=1e-12)
     moved = dict(guide.named_parameters())["scales.w_unconstrained"].detach()
-    # scale = softplus(unconstrained)
+    # the gradient through softplus, which makes the scale positive
     expected = unconstrained - LR * (scale_slope + 0.5 * kl_scale) * unconstrained.sigmoid()
     torch.testing.assert_close(moved, expected, rtol=1e-11, atol=1e-11)
 
