@@ -10,7 +10,7 @@ from pyro.infer import SVI
 
 from pyro_sam.checkpoint import Checkpoint
 from pyro_sam.training import History, Training
-from pyro_sam.validation import non_negative
+from pyro_sam.validation import flag, non_negative
 
 
 def fit(
@@ -54,6 +54,8 @@ def fit(
         FloatingPointError: If loss or gradient is not finite; parameters are as they were before that step.
         KeyboardInterrupt: At Ctrl-C, after the step that is under way and a checkpoint; a second one at once.
     """
+    flag("progress", progress)
+    flag("resume", resume)
     training = Training(svi, loader, num_epochs, checkpoint=checkpoint, resume=resume, callbacks=callbacks)
     training.run(progress=progress)
     return training.history

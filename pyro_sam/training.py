@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -62,7 +62,7 @@ class Training:
         resume: bool,
         callbacks: Sequence[Callable[["Training"], Any]],
     ) -> None:
-        _check(svi, num_epochs, callbacks)
+        _check(svi, loader, num_epochs, callbacks)
         self.svi, self.loader, self.num_epochs = svi, loader, num_epochs
         self.history: History = {}
         self.epoch = self.batch = self.step = 0
@@ -274,12 +274,14 @@ _NO_BATCH = (
 )
 
 
-def _check(svi: Any, num_epochs: Any, callbacks: Any) -> None:
+def _check(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
     if not isinstance(svi, SVI) or not isinstance(svi.optim, PyroOptim):
         raise ValueError(
             f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
             f"got {svi!r}."
         )
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
     if type(num_epochs) is not int or num_epochs < 1:
         raise ValueError(f"num_epochs must be a positive whole number, got num_epochs={num_epochs!r}.")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):

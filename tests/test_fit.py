@@ -382,6 +382,9 @@ def test_batches_that_do_not_fit_the_model_are_refused(batch: Any) -> None:
         ({"svi": None}, "svi must be a pyro.infer.SVI with a PyroOptim"),
         ({"num_epochs": 0}, "num_epochs must be a positive whole number, got num_epochs=0"),
         ({"callbacks": [3]}, "callbacks must be a sequence of callables"),
+        ({"loader": 3}, "loader must be an iterable of batches"),
+        ({"progress": "yes"}, "progress must be True or False"),
+        ({"resume": None}, "resume must be True or False"),
         ({"checkpoint": "/nowhere/c"}, "path must be a file in a directory that exists"),
     ],
 )
