@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
@@ -156,6 +157,29 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_draft(
         write(path, b"after")
     assert path.read_bytes() == b"before"
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def write_often(path: Path, letter: bytes) -> None:
+    for size in range(1, 300):
+        write(path, letter * 1000 * size)
+
+
+def test_two_processes_that_write_one_file_leave_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / RESULTS
+    processes = multiprocessing.get_context("spawn")
+    writers = [processes.Process(target=write_often, args=(path, letter)) for letter in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            data = path.read_bytes()
+            assert len(set(data)) == 1
+            assert len(data) % 1000 == 0
+            seen += 1
+    assert seen > 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == [RESULTS]
 
 
 def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def write(path: Path, data: bytes) -> Path:
     Raises:
         OutputError: If it cannot be written; an earlier file is left as it was.
     """
-    draft = path.with_name(f".{path.name}.draft")
+    # a name of its own: another process may be writing the same file
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         draft.write_bytes(data)
         draft.replace(path)
