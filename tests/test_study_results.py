@@ -159,15 +159,17 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_draft(
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
 
 
-def write_often(path: Path, letter: bytes) -> None:
-    for size in range(1, 300):
+def write_often(path: Path, letter: bytes, start: Any) -> None:
+    start.wait()
+    for size in range(1, 500):
         write(path, letter * 1000 * size)
 
 
 def test_two_processes_that_write_one_file_leave_it_whole(tmp_path: Path) -> None:
     path = tmp_path / RESULTS
     processes = multiprocessing.get_context("spawn")
-    writers = [processes.Process(target=write_often, args=(path, letter)) for letter in (b"a", b"b")]
+    start = processes.Barrier(2)
+    writers = [processes.Process(target=write_often, args=(path, letter, start)) for letter in (b"a", b"b")]
     for writer in writers:
         writer.start()
     seen = 0
