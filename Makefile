@@ -5,6 +5,9 @@ PIP_ARGS ?=
 # Where the demo writes, and what it adds to `pyro-sam compare digits`.
 OUT ?= results/digits
 DEMO_ARGS ?=
+# Where the benchmark writes, and what it adds to `python -m benchmarks.step_time`.
+BENCH_OUT ?= results/bench
+BENCH_ARGS ?=
 # What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
 TEST_ARGS ?=
 
@@ -12,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.pyro-sam-installed
 
-.PHONY: help setup demo figure test soak lint dist clean
+.PHONY: help setup demo figure test soak bench lint dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +23,7 @@ help:
 	@echo "make figure run the demo and keep its figure for the README"
 	@echo "make test   run the whole suite: tests, README, tutorials"
 	@echo "make soak   train for 20 000 steps and see that nothing grows"
+	@echo "make bench  time a training step against other estimators (results in $(BENCH_OUT))"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   build the wheel and the sdist, and look into both"
 	@echo "make clean  remove what the commands above made, $(VENV) included"
@@ -53,6 +57,11 @@ test: $(STAMP)
 soak: $(STAMP)
 	@echo "== 20 000 steps: memory, param store and optimiser state must not grow"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+# KINETO_LOG_LEVEL: torch's profiler, which reads the memory, would report every start and stop.
+bench: $(STAMP)
+	@echo "== timing a training step; results in $(BENCH_OUT)"
+	@KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.step_time --out $(BENCH_OUT) $(BENCH_ARGS)
 
 lint: $(STAMP)
 	@echo "== checking style and types"
