@@ -66,11 +66,11 @@ class Problem:
         return dist.Normal(output, NOISE) if self.y.is_floating_point() else dist.Categorical(logits=output)
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Return a ReLU network with these layer widths, inputs first."""
+def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Return a fully connected network with these layer widths, inputs first."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -72,9 +72,10 @@ def plot(sweeps: Sequence[Sweep], path: Path) -> None:
     """Draw time against size for every sweep, both logarithmic, with the spread of the rounds."""
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(3 * len(sweeps), 3), layout="constrained")
-        for axis, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+        for axis, sweep in zip(figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0], sweeps, strict=True):
             sizes, timings = list(sweep.timings), list(sweep.timings.values())
             axis.loglog(sizes, [1e3 * t.median for t in timings], marker="o")
             axis.fill_between(sizes, [1e3 * t.low for t in timings], [1e3 * t.high for t in timings], alpha=0.3)
-            axis.set(title=f"slope {sweep.slope:.2f}", xlabel=sweep.name, ylabel="ms per step")
+            axis.set(title=f"slope {sweep.slope:.2f}", xlabel=sweep.name)
+        figure.supylabel("ms per step")
         figure.savefig(path, dpi=150)

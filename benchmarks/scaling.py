@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.contenders import joint_adam, sam
 from benchmarks.measure import WARM_UP, Step, Timing, interleaved
@@ -32,7 +33,8 @@ class Sweep:
 
 
 def _step(problem: Problem, particles: int = 1, vectorize: bool = False) -> Step:
-    step = sam(joint_adam, "Adversarial", num_particles=particles, vectorize_particles=vectorize)(problem)
+    settings = {"num_particles": particles, "vectorize_particles": vectorize, "max_plate_nesting": 1}
+    step = sam(joint_adam, "Adversarial", **settings)(problem)
     for _ in range(WARM_UP):
         step()
     return step
@@ -45,8 +47,9 @@ def _of_parameters(parameters: int, device: torch.device) -> Step:
 
 
 def _of_sites(sites: int, device: torch.device) -> Step:
-    # a weight and a bias a layer
-    return _step(classification(mlp(*[16] * (sites // 2), 10), 32, 16, device=device))
+    # a weight and a bias a layer; bounded, since perturbations would grow through 100 layers of ReLU
+    net = mlp(*[16] * (sites // 2), 10, activation=nn.Tanh)
+    return _step(classification(net, 32, 16, device=device))
 
 
 def _of_batch(batch: int, device: torch.device) -> Step:

@@ -64,7 +64,6 @@ def run_case(
             steps[name], figures[name] = build(make, args.device, compiled="compiled" in name)
         except (RuntimeError, NotImplementedError) as error:
             failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
-    pyro.enable_validation()  # Pyro's default, which torch.compile switches off for the whole process
     times = interleaved(steps, args.rounds, args.device)
     return {name: (times[name], figures[name]) for name in times}, failed
 
@@ -73,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     args, begin = parse(argv), time.perf_counter()
     torch.set_num_threads(args.threads)
+    torch.compile(lambda: None)  # its first call switches off validation for the whole process: now, not half-way
+    pyro.enable_validation()  # Pyro's default
     args.out.mkdir(parents=True, exist_ok=True)
     there, missing = peers()
     entries = {n: c for n, c in {**contenders(), **there}.items() if any(text in n for text in args.contenders)}

@@ -93,6 +93,7 @@ def test_memory_is_what_stays_and_the_most_there_was() -> None:
     assert 8 * 7000 <= most < 8 * 7100
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, as it imports its compiler
 def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--cases", "2x64", "--contenders", "hand-written", "TraceMean", "Gaussian, ", "Adversarial, Joint"]
     threads = ["--threads", str(torch.get_num_threads())]
