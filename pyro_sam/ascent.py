@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sam.noise import NoiseSite, pull_back
+from pyro_sam.noise import CoreNormal, NoiseSite, pull_back
 
 
 class PreviousGradients:
@@ -36,24 +36,25 @@ class PreviousGradients:
         self._pair = pair
         return self
 
-    def recall(self, name: str, site: NoiseSite) -> Tensor:
-        """Return the average of a site, shaped like its noise."""
+    def recall(self, name: str, noise: Tensor) -> Tensor:
+        """Return the average of a site with this noise, shaped like it."""
         average = self._averages.get(name)
-        if average is None or average.shape != site.noise.shape:
-            average = torch.zeros_like(site.noise)
-        self._averages[name] = average = average.to(site.noise)
+        if average is None or average.shape != noise.shape:
+            average = torch.zeros_like(noise)
+        self._averages[name] = average = average.to(noise)
         return average
 
     def watch(self, sites: Mapping[str, NoiseSite]) -> None:
         """Have the backward pass of a run add its gradients to the averages."""
         for name, site in sites.items():
             if site.sample.requires_grad:
-                site.sample.register_hook(partial(self._add, name, site))
+                # not the site: a hook that holds its own tensor keeps it, and its graph, for ever
+                site.sample.register_hook(partial(self._add, name, site.core, site.noise))
 
     @torch.no_grad()
-    def _add(self, name: str, site: NoiseSite, gradient: Tensor) -> None:
-        average = self.recall(name, site)
-        u = pull_back(site.core, gradient)
+    def _add(self, name: str, core: CoreNormal, noise: Tensor, gradient: Tensor) -> None:
+        average = self.recall(name, noise)
+        u = pull_back(core, gradient)
         average.copy_(torch.where(u.isfinite().all(), self.decay * average + (1 - self.decay) * u, average))
 
     def tensors(self) -> list[Tensor]:

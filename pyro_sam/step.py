@@ -133,7 +133,7 @@ class Step(NoiseSpace):
     def gradient(self, e: Tensor) -> Tensor:
         """Return the data term's gradient at noise ``e``, without a trace; or what is remembered of earlier steps."""
         if self._memory is not None:
-            return self._flatten([self._memory.recall(name, site) for name, site in self._sites.items()])
+            return self._flatten([self._memory.recall(name, site.noise) for name, site in self._sites.items()])
         with torch.enable_grad(), kept_buffers():
             run = self._guide_run(e, tracked=True)
             loss = data_loss(self._model_run(run, inspect=self._is_new))

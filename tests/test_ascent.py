@@ -1,6 +1,7 @@
 """ascent="previous": the average of the descent passes' gradients, against the sum written out."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -145,3 +146,17 @@ def test_local_latents_of_a_minibatch_are_refused() -> None:
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ps.SAM_ELBO(ps.Adversarial(), **settings)
+
+
+def test_steps_leave_no_tensors_behind() -> None:
+    problem = Quadratic.random()
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.Adversarial(0.7))
+
+    def tensors_after(steps: int) -> int:
+        for _ in range(steps):
+            elbo.loss_and_grads(model, guide)
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    assert tensors_after(3) == tensors_after(10)
