@@ -7,7 +7,7 @@ the next replay. The data are its inputs. Passes that share random numbers share
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -237,17 +238,26 @@ def capture(
         used = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), gradients, strict=True)]
         return [loss.detach(), torch.ones_like(loss, dtype=torch.bool) if holds is None else holds, *used]
 
-    with rewound(here), kept_buffers(), torch.enable_grad(), poutine.block():
-        written = state()
-        before = [tensor.clone() for tensor in written]
-        graph = _traced(whole, inputs)
+    # a graph writes to buffers behind the backs of their modules
+    written = [*state(), *(b for known in buffers.values() for b in known.values() if b is not None)]
+    before = [tensor.clone() for tensor in written]
+    try:
+        with rewound(here), kept_buffers(), torch.enable_grad(), poutine.block():
+            graph = _traced(whole, inputs)
+            _refuse_replaced(buffers)
+        with rewound(here), torch.no_grad(), poutine.block():
+            runnable = _that_runs(_lean(graph), inputs)
+    finally:
         for tensor, value in zip(written, before, strict=True):
-            tensor.copy_(value)
-        for module, known in buffers.items():
-            replaced = [name for name, buffer in known.items() if module._buffers[name] is not buffer]
-            if replaced:
-                raise CannotCapture(f"{type(module).__name__} replaces its buffer '{replaced[0]}' at every run")
-    return CapturedStep(_compiled(_lean(graph)), parameters, [(m, m.training) for m in modules], written)
+            tensor.data.copy_(value)
+    return CapturedStep(runnable, parameters, [(m, m.training) for m in modules], state())
+
+
+def _refuse_replaced(buffers: Mapping[nn.Module, Mapping[str, Tensor | None]]) -> None:
+    for module, known in buffers.items():
+        for name, buffer in known.items():
+            if module._buffers[name] is not buffer:
+                raise CannotCapture(f"{type(module).__name__} replaces its buffer '{name}' at every run")
 
 
 def _traced(whole: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
@@ -282,27 +292,28 @@ def _lean(graph: GraphModule) -> GraphModule:
 
 
 def _compiled(graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """Return the graph compiled by torch; as it is where torch cannot, for want of a C++ compiler, say."""
     # torch's own random numbers, so that a seed means the same as without compilation
-    fast: Any = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-    chosen: list[Any] = []
+    compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    return compiled
 
-    def run(*inputs: Tensor) -> Sequence[Tensor]:
-        if chosen:
-            result: Sequence[Tensor] = chosen[0](*inputs)
-            return result
-        here = RandomState.capture()
-        try:
-            result = fast(*inputs)
-            chosen.append(fast)
-        except Exception as error:
-            log.warning("torch.compile failed (%s); the captured step is replayed operation by operation.", error)
-            here.restore()
-            chosen.append(graph)
-            result = graph(*inputs)
-        return result
 
-    return run
+def _that_runs(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Return the graph compiled by torch; as it is where torch cannot compile it, for want of a compiler, say."""
+    validate = Distribution._validate_args
+    try:
+        compiled = _compiled(graph)
+        compiled(*inputs)
+        return compiled
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        log.warning("torch.compile failed (%s); the captured step is replayed operation by operation.", reason)
+    finally:
+        Distribution.set_default_validate_args(validate)  # torch.compile switches it off, for everybody
+    try:
+        graph(*inputs)
+    except Exception as error:
+        raise CannotCapture("an operation in it cannot be replayed") from error
+    return graph
 
 
 class _GivenGradients(torch.autograd.Function):

@@ -107,7 +107,8 @@ class MeanFieldNormal(AutoNormal):
         self._transforms: dict[str, Transform | None] = {}
         # looked up once: a PyroModule is slow to walk through
         self._owners: dict[str, tuple[Any, Any]] = {}
-        locs = {name: self._get_loc_and_scale(name)[0].detach() for name in self._event_dims}
+        # not the scales, which the param store would keep
+        locs = {name: attrgetter(name)(self.locs).detach() for name in self._event_dims}
         self.scales = PyroModule()
         for name, site in self._prototype_sites():
             self._check_stored(name, site)

@@ -228,6 +228,34 @@ def test_a_step_that_is_no_graph_runs_as_usual_and_says_so(
     assert [reason in record.message for record in caplog.records] == [True]
 
 
+def test_compilation_leaves_pyros_validation_on() -> None:
+    trained(True, ps.Mean())
+    with pytest.raises(ValueError, match="scale"):
+        dist.Normal(0.0, -1.0)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_a_recurrent_network_trains_with_compile_too(caplog: pytest.LogCaptureFixture) -> None:
+    results = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        bnn = ps.BayesianModule(nn.LSTM(2, 3, batch_first=True))
+
+        def model(x: torch.Tensor, bnn: Any = bnn) -> None:
+            output = bnn(x)[0][:, -1, 0]
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(output, 1.0), obs=torch.ones(len(x)))
+
+        guide = ps.MeanFieldNormal(model)
+        guide.initialize(X.reshape(4, 3, 2))
+        elbo = ps.SAM_ELBO(ps.MixSAM(0.5), compile=compile)
+        pyro.set_rng_seed(1)
+        with caplog.at_level(logging.WARNING):
+            results.append([elbo.loss_and_grads(model, guide, X.reshape(4, 3, 2)) for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], rel=1e-10)
+
+
 def test_without_a_compiler_the_graph_is_replayed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -278,3 +278,10 @@ def test_training_the_guide_leaves_the_network_as_it_was(local: bool) -> None:
         optimiser.step()
         assert not torch.equal(guide.locs.weight, before)
     assert torch.equal(net.weight, before)
+
+
+def test_the_param_store_holds_nothing_but_the_guides_parameters() -> None:
+    guide = ps.MeanFieldNormal(model).initialize()
+    guide()
+    store: Any = pyro.get_param_store()
+    assert {id(p) for p in store._param_to_name} == {id(p) for p in guide.parameters()}
