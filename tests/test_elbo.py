@@ -478,6 +478,7 @@ def test_what_one_structure_taught_is_not_believed_of_the_next(law: ps.Perturbat
         losses.append(elbo.differentiable_loss(chain, chain_guide, linked=True).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
+
 LAWS = [
     ps.Mean(),
     ps.Gaussian(),

@@ -71,9 +71,7 @@ def test_mix_sam(kappa: float) -> None:
     z, g = noise_of_the_step(), problem.gradient(problem.loc)
     v = math.sqrt(6) * g / g.norm() + kappa * z
     expected = problem.loc - LR * problem.gradient(problem.loc + RADIUS * v / v.norm())
-    torch.testing.assert_close(
-        mean_after_one_step(problem, ps.MixSAM(kappa=kappa)), expected, rtol=1e-13, atol=1e-13
-    )
+    torch.testing.assert_close(mean_after_one_step(problem, ps.MixSAM(kappa=kappa)), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("scale_gradient", ["perturbed", "mean"])
