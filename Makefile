@@ -37,9 +37,9 @@ $(BIN)/python:
 
 # torch goes in first and alone: the pinned build decides what everything after it resolves to.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "== installing pyro_sam and its bench and test extras into $(VENV)"
+	@echo "== installing pyro_sam and its bench, test and lightning extras into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test,lightning]"
 	@touch $@
 
 demo: $(STAMP)
