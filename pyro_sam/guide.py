@@ -96,9 +96,10 @@ class MeanFieldNormal(AutoNormal):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            with kept_buffers():
+            # blocked: a handler such as SVI's must not take what is made on the way for the guide's parameters
+            with kept_buffers(), poutine.block():
                 super()._setup_prototype(*args, **kwargs)
-            self._set_up_scales()
+                self._set_up_scales()
         except BaseException:
             self.prototype_trace = None  # nothing is half set up: the next call starts anew
             raise

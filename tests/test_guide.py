@@ -285,3 +285,14 @@ def test_the_param_store_holds_nothing_but_the_guides_parameters() -> None:
     guide()
     store: Any = pyro.get_param_store()
     assert {id(p) for p in store._param_to_name} == {id(p) for p in guide.parameters()}
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("learn_scale", [False, True])
+def test_a_first_step_that_sets_the_guide_up_shows_its_parameters_alone(learn_scale: bool, local: bool) -> None:
+    with pyro.settings.context(module_local_params=local):
+        guide = ps.MeanFieldNormal(model, learn_scale=learn_scale)
+        with trace(param_only=True) as statements:
+            guide()
+        shown = {id(site["value"].unconstrained()) for site in statements.trace.nodes.values()}
+        assert shown == {id(parameter) for parameter in guide.parameters()}
