@@ -292,7 +292,8 @@ def _lean(graph: GraphModule) -> GraphModule:
 
 
 def _compiled(graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    # torch's own random numbers, so that a seed means the same as without compilation
+    # torch's own random numbers, so that a seed means the same as without compilation; where there are several threads
+    # and draws of several kinds (dropout), its compiler may take them in another order all the same
     compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
     return compiled
 

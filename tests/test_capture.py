@@ -26,15 +26,17 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "_compiled", lambda graph: graph)
 
 
-def network(dropout: float = 0.2) -> nn.Module:
+def network(dropout: float) -> nn.Module:
     drop = nn.Dropout(dropout)
     return nn.Sequential(drop, nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), drop, nn.Linear(4, 2))
 
 
-def problem(make: Callable[..., Any] = ps.MeanFieldNormal) -> tuple[nn.Module, Callable[..., Any], Any]:
+def problem(
+    make: Callable[..., Any] = ps.MeanFieldNormal, dropout: float = 0.2
+) -> tuple[nn.Module, Callable[..., Any], Any]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    net = network()
+    net = network(dropout)
     bnn = ps.BayesianModule(net)
 
     def model(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -47,9 +49,11 @@ def problem(make: Callable[..., Any] = ps.MeanFieldNormal) -> tuple[nn.Module, C
     return net, model, guide
 
 
-def trained(compile: bool, law: ps.Perturbation, make: Any = ps.MeanFieldNormal, **settings: Any) -> Any:
+def trained(
+    compile: bool, law: ps.Perturbation, make: Any = ps.MeanFieldNormal, dropout: float = 0.2, **settings: Any
+) -> Any:
     """Return losses, parameters and buffers of a few steps on minibatches of two shapes."""
-    net, model, guide = problem(make)
+    net, model, guide = problem(make, dropout)
     svi = SVI(model, guide, Adam({"lr": 0.02}), ps.SAM_ELBO(law, compile=compile, **settings))
     pyro.set_rng_seed(1)
     losses = [svi.step(X[:n], Y[:n]) for n in (6, 6, 4, 6, 4)]
@@ -90,7 +94,8 @@ def test_replayed_steps_are_the_ordinary_ones(law: ps.Perturbation, settings: di
 
 
 def test_compiled_steps_are_the_ordinary_ones() -> None:
-    ordinary, compiled = trained(False, ps.MixSAM(0.5)), trained(True, ps.MixSAM(0.5))
+    # no dropout: with several threads torch's compiler draws masks in an order of its own
+    ordinary, compiled = (trained(compile, ps.MixSAM(0.5), dropout=0.0) for compile in (False, True))
     assert compiled[0] == pytest.approx(ordinary[0], rel=1e-8)
     for name, value in compiled[1].items():
         torch.testing.assert_close(value, ordinary[1][name], rtol=1e-6, atol=1e-8)
