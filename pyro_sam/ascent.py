@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sam.flat import FlatNormal
 from pyro_sam.noise import CoreNormal, NoiseSite, pull_back
 
 
@@ -27,12 +28,13 @@ class PreviousGradients:
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._averages: dict[str, Tensor] = {}
+        self._vector: Tensor | None = None  # all averages are parts of it, in lean steps
         self._pair: Any = None
 
     def of(self, pair: Any) -> "PreviousGradients":
         """Return the averages for a pair of model and guide; another pair than the last one starts from zero."""
         if self._pair is not None and self._pair is not pair:
-            self._averages.clear()
+            self._averages, self._vector = {}, None
         self._pair = pair
         return self
 
@@ -41,8 +43,18 @@ class PreviousGradients:
         average = self._averages.get(name)
         if average is None or average.shape != noise.shape:
             average = torch.zeros_like(noise)
-        self._averages[name] = average = average.to(noise)
+        average = average.to(noise)
+        if average is not self._averages.get(name):
+            self._averages[name], self._vector = average, None
         return average
+
+    def recall_flat(self, flat: FlatNormal) -> Tensor:
+        """Return the averages of all sites of a guide, one after the other."""
+        if self._vector is None:
+            parts = flat.split(flat.loc.detach())
+            self._vector = torch.cat([self.recall(name, part).flatten() for name, part in parts.items()])
+            self._averages = flat.split(self._vector)
+        return self._vector
 
     def watch(self, sites: Mapping[str, NoiseSite]) -> None:
         """Have the backward pass of a run add its gradients to the averages."""
@@ -50,6 +62,17 @@ class PreviousGradients:
             if site.sample.requires_grad:
                 # not the site: a hook that holds its own tensor keeps it, and its graph, for ever
                 site.sample.register_hook(partial(self._add, name, site.core, site.noise))
+
+    def watch_flat(self, flat: FlatNormal, w: Tensor) -> None:
+        """Have the backward pass of a run at the values ``w`` add its gradient to the averages."""
+        if w.requires_grad:
+            w.register_hook(partial(self._add_flat, self.recall_flat(flat), flat.scale.detach()))
+
+    @torch.no_grad()
+    def _add_flat(self, average: Tensor, scale: Tensor, gradient: Tensor) -> None:
+        u = gradient * scale
+        ends = torch.stack(torch.aminmax(u))
+        average.copy_(torch.where(ends.isfinite().all(), average.lerp(u, 1 - self.decay), average))
 
     @torch.no_grad()
     def _add(self, name: str, core: CoreNormal, noise: Tensor, gradient: Tensor) -> None:
@@ -68,4 +91,5 @@ class PreviousGradients:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over averages by site; the next model and guide go on with them."""
         self._averages = {name: average.detach().clone() for name, average in state.items()}
+        self._vector = None
         self._pair = None

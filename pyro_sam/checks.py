@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
+from pyro_sam.record import Recorder
+
 _TRUSTED: weakref.WeakSet[Distribution] = weakref.WeakSet()
 
 
@@ -41,7 +43,7 @@ def trust(fn: Any) -> Any:
     return fn
 
 
-def conditions(*traces: Trace) -> Tensor | None:
+def conditions(*traces: Trace | Recorder) -> Tensor | None:
     """Return whether all that torch would have checked holds, as a scalar on the device; None if it asked nothing.
 
     Distributions that are made once are looked at once. One that was made with ``validate_args=False`` is looked at all

@@ -23,6 +23,8 @@ from pyro_sam.ascent import PreviousGradients
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.capture import Replayed, Replays
 from pyro_sam.explain import explained
+from pyro_sam.guide import MeanFieldNormal
+from pyro_sam.lean import LeanStep
 from pyro_sam.minibatch import follow_minibatch
 from pyro_sam.mistakes import advise
 from pyro_sam.particle import Particle
@@ -207,6 +209,7 @@ class SAM_ELBO(ELBO):
         def first(*args: Any, **kwargs: Any) -> None:
             for particle in self._particles(law, self.kl_weight, model, guide, args, kwargs):
                 particle.loss()
+                particle.loss()  # the first step finds out about the model, the second one uses that
 
         settings = law, self.kl_weight == 0, self.scale_gradient, self.scope, self.num_particles, checks.enabled()
         weight = torch.tensor(self.kl_weight, dtype=torch.float64)
@@ -263,32 +266,71 @@ class SAM_ELBO(ELBO):
                 "noise; use a guide that is called on its own, such as MeanFieldNormal."
             )
         pair = self._structures.of(model, guide)
+        make_step = partial(self._step, law, pair, model, guide, args, kwargs)
+        make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
+        at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
+        for _ in range(1 if self.vectorize_particles else self.num_particles):
+            yield Particle(make_step, make_lean, pair, law, kl_weight, at_mean)
+
+    def _step(
+        self,
+        law: Perturbation,
+        pair: Pair,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Step:
         guide = follow_minibatch(model, guide, args, kwargs)
         nesting = partial(self._finite_max_plate_nesting, model, guide, args, kwargs)
-        count, together = self.num_particles, 1
+        together = 1
         if self.vectorize_particles and self.num_particles > 1:
             nesting()
             model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
-            count, together = 1, self.num_particles
-        at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
-        for _ in range(count):
-            step = Step(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=together,
-                law=law,
-                hidden=self._is_hidden,
-                scope=self.scope,
-                memory=None if self._memory is None else self._memory.of(pair),
-                sync_ascent=self.sync_ascent,
-                trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
-                inspect=partial(self._inspect, pair),
-                is_new=not pair.valid,
-                noise_ends_there=pair.noise_ends_at_sites,
-            )
-            yield Particle(step, pair, law, kl_weight, at_mean)
+            together = self.num_particles
+        return Step(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=together,
+            law=law,
+            hidden=self._is_hidden,
+            scope=self.scope,
+            memory=None if self._memory is None else self._memory.of(pair),
+            sync_ascent=self.sync_ascent,
+            trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
+            inspect=partial(self._inspect, pair),
+            is_new=not pair.valid,
+            noise_ends_there=pair.noise_ends_at_sites,
+        )
+
+    def _lean_step(
+        self,
+        law: Perturbation,
+        pair: Pair,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> LeanStep | None:
+        together = self.vectorize_particles and self.num_particles > 1
+        if together or self.hide or not pair.known.is_any or not isinstance(guide, MeanFieldNormal):
+            return None
+        flat = guide.flat()
+        if flat is None:
+            return None
+        return LeanStep(
+            flat,
+            pair.known,
+            model,
+            args,
+            kwargs,
+            law=law,
+            scope=self.scope,
+            memory=None if self._memory is None else self._memory.of(pair),
+            sync_ascent=self.sync_ascent,
+        )
 
     def _finite_max_plate_nesting(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

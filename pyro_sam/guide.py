@@ -22,6 +22,8 @@ from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.enumeration import is_marked
 from pyro_sam.explain import explained
+from pyro_sam.flat import FlatNormal, FlatParameters
+from pyro_sam.record import only_parameters_are_traced
 from pyro_sam.validation import flag, function
 
 
@@ -116,6 +118,29 @@ class MeanFieldNormal(AutoNormal):
             self._transforms[name] = _simplify(biject_to(site["fn"].support))
             self._set_scale(name, self._initial_scale(site, locs[name]))
             self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
+        self._flat = self._flat_parameters()
+
+    def flat(self) -> FlatNormal | None:
+        """Return all sites as one Normal, and make the statements of their parameters, without a call of the guide.
+
+        None where only a call will do: for constrained latents, plates, subclasses with other posteriors, hooks on the
+        guide, and where a handler is to see its sites.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if self.prototype_trace is None or self._flat is None or hooks or not only_parameters_are_traced():
+            return None
+        return None if pyro.settings.get("module_local_params") else self._flat.read()
+
+    def _flat_parameters(self) -> FlatParameters | None:
+        own = all(getattr(type(self), name) is getattr(MeanFieldNormal, name) for name in _SAMPLING)
+        plain = all(
+            self._transforms[name] is None and not any(frame.vectorized for frame in site["cond_indep_stack"])
+            for name, site in self._prototype_sites()
+        )
+        if not (own and plain and self._owners) or self.scale_constraint.event_dim:
+            return None
+        places = {name: (*self._owners[name], name.rpartition(".")[2]) for name, _ in self._prototype_sites()}
+        return FlatParameters(places, learn_scale=self.learn_scale)
 
     def _check_stored(self, name: str, site: Any) -> None:
         # PyroModule takes what the store has under its name
@@ -204,6 +229,9 @@ class MeanFieldNormal(AutoNormal):
                         stack.enter_context(plates[frame.name])
                 result[name] = pyro.sample(name, self._posterior(name))
         return result
+
+
+_SAMPLING = ("__call__", "forward", "_posterior", "_get_loc_and_scale", "_create_plates")
 
 
 def _owner(module: PyroModule, name: str) -> Any:

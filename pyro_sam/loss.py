@@ -1,6 +1,7 @@
 r"""The two terms of the loss: :math:`E_q[-\log p(x \mid w)]` at a run's values, and :math:`KL(q \Vert p)`."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from pyro.distributions import Delta, Independent, Normal
@@ -21,8 +22,13 @@ def data_loss(model: Trace) -> Tensor | float:
     """
     if enumerated_dims(model):
         return -marginal_log_prob(model)
+    return data_loss_of(model.nodes.values())
+
+
+def data_loss_of(sites: Iterable[Any]) -> Tensor | float:
+    """Return the same of some sites, none of them enumerated."""
     total: Tensor | float = 0.0
-    for site in model.nodes.values():
+    for site in sites:
         if site["type"] == "sample" and site["is_observed"]:
             total = total - _log_prob(site, site["value"])
     return total
@@ -56,14 +62,17 @@ def kl_loss(guide: Trace, model: Trace) -> Tensor | float:
             # the prior is inside of the sum over the enumerated sites
             kl = kl + _log_prob(site, site["value"])
             continue
-        exact = _closed_form(site, prior)
-        if exact is None:
-            exact = _log_prob(site, site["value"]) - _log_prob(prior, site["value"])
-        kl = kl + exact
+        kl = kl + kl_of_site(site, prior)
     for name, site in guide.nodes.items():
         if site["type"] == "sample" and name not in model.nodes and not site_is_subsample(site):
             kl = kl + _log_prob(site, site["value"])
     return kl
+
+
+def kl_of_site(site: Any, prior: Any) -> Tensor | float:
+    """Return the term of one latent, given the guide's node and the model's."""
+    exact = _closed_form(site, prior)
+    return _log_prob(site, site["value"]) - _log_prob(prior, site["value"]) if exact is None else exact
 
 
 def prior_log_prob(guide: Trace, model: Trace) -> Tensor | float:

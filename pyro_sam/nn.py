@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
-from pyro_sam.particles import ParticlePlate, run
+from pyro_sam.particles import ParticlePlate, run, run_once
+from pyro_sam.record import lone_recorder
 from pyro_sam.validation import positive
 
 
@@ -74,14 +76,19 @@ class BayesianModule(PyroModule):
         self.prior = dist.Normal(0.0, 1.0) if prior is None else prior
         self._hidden = _hidden_names(net, hide)
         self._priors: dict[Any, Any] = {}
+        self._weights: _Weights | None = None
         if not self._prior_may_change():
             for name, parameter in net.named_parameters():
                 if name not in self._hidden:
                     self._prior_of(name, parameter)
+        # all latents, all with a prior that has nothing to learn
+        self._is_fixed = len(self._priors) == len(dict(net.named_parameters()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the weights and run the network, with its own arguments and output."""
         net = _network(self)
+        if (recorder := lone_recorder()) is not None and (known := self._known(net)) is not None:
+            return run_once(net, known.with_ties(recorder.take(known.priors)), args, kwargs)
         weights = {}
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():
@@ -116,6 +123,13 @@ class BayesianModule(PyroModule):
             del store[name]
         return pyro.param(name, parameter)
 
+    def _known(self, net: nn.Module) -> "_Weights | None":
+        """Return the weights as they were found before, if nothing changed since; None if each run may have others."""
+        if self._is_fixed and (self._weights is None or not self._weights.are_current()):
+            priors = {name: self._prior_of(name, parameter) for name, parameter in net.named_parameters()}
+            self._weights = _Weights.of(net, priors)
+        return self._weights
+
     def _prior_may_change(self) -> bool:
         return not isinstance(self.prior, Distribution | FanInNormal)
 
@@ -136,6 +150,52 @@ class BayesianModule(PyroModule):
         if not (self._prior_may_change() or any(learnable)):
             self._priors[key] = prior
         return prior
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The parameters of a network and their priors, found once: to walk through a network takes time.
+
+    Args:
+        members: The children and parameters of each module in it.
+        kinds: Device and dtype of each parameter.
+        priors: Priors by name.
+        ties: For each second name of a parameter, its first one.
+    """
+
+    members: list[tuple[nn.Module, list[Any]]]
+    kinds: list[tuple[Tensor, torch.device, torch.dtype]]
+    priors: dict[str, Any]
+    ties: dict[str, str]
+
+    @classmethod
+    def of(cls, net: nn.Module, priors: dict[str, Any]) -> "_Weights":
+        first = {parameter: name for name, parameter in net.named_parameters()}
+        every = {name: first[parameter] for name, parameter in net.named_parameters(remove_duplicate=False)}
+        return cls(
+            members=[(module, _members(module)) for module in net.modules()],
+            kinds=[(parameter, parameter.device, parameter.dtype) for parameter in first],
+            priors=priors,
+            ties={name: known for name, known in every.items() if name != known},
+        )
+
+    def are_current(self) -> bool:
+        """Return whether modules and parameters are what they were."""
+        return all(_are_same(_members(module), before) for module, before in self.members) and all(
+            parameter.dtype == dtype and parameter.device == device for parameter, device, dtype in self.kinds
+        )
+
+    def with_ties(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give a weight to each name."""
+        return {**weights, **{name: weights[first] for name, first in self.ties.items()}} if self.ties else weights
+
+
+def _members(module: nn.Module) -> list[Any]:
+    return [*module._modules.values(), *module._parameters.values()]
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The loss of one particle, or of all particles that are vectorised together."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from pyro.poutine import Trace
@@ -9,10 +11,18 @@ from torch import Tensor
 
 from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
-from pyro_sam.loss import data_loss, kl_loss
+from pyro_sam.enumeration import enumerated_dims
+from pyro_sam.lean import LeanStep
+from pyro_sam.loss import data_loss, kl_loss, latent_sites
 from pyro_sam.perturbation import Perturbation
+from pyro_sam.record import Surprise
+from pyro_sam.rng import RandomState
 from pyro_sam.step import GuideRun, Step
 from pyro_sam.structure import Pair, dependence, signature
+
+
+# a loss with its graph, whether its values hold, the noise
+Taken = tuple[Tensor | float, Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,17 @@ class Particle:
         scale_at_mean: Whether the gradient of scale is the one at the mean.
     """
 
-    step: Step
+    make_step: Callable[[], Step]
+    make_lean: Callable[[], LeanStep | None]
     pair: Pair
     law: Perturbation
     kl_weight: float | Tensor
     scale_at_mean: bool
+
+    @cached_property
+    def step(self) -> Step:
+        """The ordinary passes, made where they are needed."""
+        return self.make_step()
 
     def loss(self) -> tuple[Tensor | float, Tensor | float]:
         """Return the loss with its graph, and its bare value.
@@ -39,36 +55,58 @@ class Particle:
         Raises:
             ValueError: If a value is one that torch's checks refuse; buffers are then as they were.
         """
-        with kept_buffers(on_error_only=True):
-            # a new pair of model and guide is met under torch's own checks, which point at the user's own line
-            if self.pair.valid and checks.enabled():
-                return self._checked_afterwards()
-            loss = self.estimate(self.law.noise(self.step))[0]
-            return loss, _bare(loss)
+        # a new pair of model and guide is met under torch's own checks, which point at the user's own line
+        if self.pair.valid and checks.enabled():
+            loss, holds, e = self._shortest(self._watched)
+            if holds is None or not isinstance(loss, Tensor):
+                return loss, _bare(loss)
+            # the step's one wait for the device
+            value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
+            if not (all_hold and math.isfinite(value)):
+                self.step.check(e)
+            return loss, value
+        loss, _, _ = self._shortest(self._take)
+        return loss, _bare(loss)
 
     def unchecked(self) -> tuple[Tensor | float, Tensor | None]:
         """Return the loss with its graph, and whether what torch would have checked holds (None if nobody asked)."""
         if not checks.enabled():
-            return self.estimate(self.law.noise(self.step))[0], None
+            return self._shortest(self._take)[0], None
         with checks.postponed():
-            return self.estimate(self.law.noise(self.step), with_conditions=True)
+            loss, holds, _ = self._shortest(partial(self._take, with_conditions=True))
+            return loss, holds
 
-    def _checked_afterwards(self) -> tuple[Tensor | float, Tensor | float]:
-        e = None
+    def _shortest(self, take: Callable[[LeanStep | None], Taken]) -> Taken:
+        """Take a lean step, and an ordinary one where that comes to nothing; buffers stay if it raises."""
+        lean = self.make_lean()
+        if lean is not None:
+            start = RandomState.capture()
+            try:
+                with kept_buffers(on_error_only=True):
+                    return take(lean)
+            except Surprise:
+                self.pair.known.forget()
+                start.restore()
+        with kept_buffers(on_error_only=True):
+            return take(None)
+
+    def _watched(self, lean: LeanStep | None) -> Taken:
+        noises: list[Tensor] = []
         try:
             with checks.postponed():
-                e = self.law.noise(self.step)
-                loss, holds = self.estimate(e, with_conditions=True)
+                return self._take(lean, with_conditions=True, noises=noises)
         except (IndexError, RuntimeError, ValueError):
-            self.step.check(e)  # says it better, where what torch would have checked is the cause
+            self.step.check(noises[0] if noises else None)  # says it better, where a bad value is the cause
             raise
-        if holds is None or not isinstance(loss, Tensor):
-            return loss, _bare(loss)
-        # the step's one wait for the device
-        value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
-        if not (all_hold and math.isfinite(value)):
-            self.step.check(e)
-        return loss, value
+
+    def _take(self, lean: LeanStep | None, *, with_conditions: bool = False, noises: list[Tensor] | None = None) -> Taken:
+        e = self.law.noise(self.step if lean is None else lean)
+        if noises is not None:
+            noises.append(e)
+        if lean is None:
+            return *self.estimate(e, with_conditions=with_conditions), e
+        loss, run = lean.loss(e, self.kl_weight, scale_at_mean=self.scale_at_mean)
+        return loss, checks.conditions(run) if with_conditions else None, e
 
     def estimate(self, e: Tensor, *, with_conditions: bool = False) -> tuple[Tensor | float, Tensor | None]:
         """Return the loss at noise ``e``, and on demand whether what torch would have checked holds."""
@@ -85,6 +123,11 @@ class Particle:
             loss = (
                 loss + (weight.to(kl.dtype) if isinstance(weight, Tensor) and isinstance(kl, Tensor) else weight) * kl
             )
+        if not enumerated_dims(model):
+            priors = {name: site["fn"] for name, site in latent_sites(model).items()}
+            sees_noise = self.pair.dependence.get((run.signature, signature(model)))
+            kl_ignores_noise = sees_noise is not None and not sees_noise.kl
+            self.pair.known.add(signature(model), priors, kl_ignores_noise=kl_ignores_noise)
         return loss, checks.conditions(run.trace, model) if with_conditions else None
 
     def _kl(self, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:

@@ -17,6 +17,13 @@ PARTICLE_PLATES = frozenset(
 )
 
 
+# checkpointing would run layers again in the backward pass, by then with the network's own weights: silently wrong
+_NO_CHECKPOINTING = (
+    "Activation checkpointing (torch.utils.checkpoint) and other hooks on saved tensors do not work in or around a "
+    "BayesianModule: the second run would not see the sampled weights. Switch them off."
+)
+
+
 class ParticlePlate(Messenger):
     """Reads off the sites inside it which plate is around them.
 
@@ -63,11 +70,7 @@ def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any
     def call(one: dict[str, Tensor]) -> Any:
         return functional_call(net, one, args, kwargs)
 
-    # checkpointing would run layers again in the backward pass, by then with the network's own weights: silently wrong
-    with disable_saved_tensors_hooks(
-        "Activation checkpointing (torch.utils.checkpoint) and other hooks on saved tensors do not work in or around a "
-        "BayesianModule: the second run would not see the sampled weights. Switch them off."
-    ):
+    with disable_saved_tensors_hooks(_NO_CHECKPOINTING):
         if not any(leading.values()):
             return call(dict(weights))
         _check_buffers(net)
@@ -80,6 +83,12 @@ def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any
         dim = max(plate_dim, *(_distance(shape) for shape in leading.values()))
         looped = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in net.modules())
         return _run_each(call, flat, mapped, size, dim - 2, looped)
+
+
+def run_once(net: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Return the network's output with ``weights`` of its parameters' own shapes, one for each name (tied ones too)."""
+    with disable_saved_tensors_hooks(_NO_CHECKPOINTING):
+        return functional_call(net, weights, args, kwargs, tie_weights=False)
 
 
 def _leading_shape(name: str, shape: torch.Size, own: torch.Size) -> torch.Size:

@@ -206,7 +206,8 @@ class Step(NoiseSpace):
     def check(self, e: Tensor | None) -> None:
         """Run guide and model under torch's own checks of their distributions, which raise; at noise 0 for None."""
         with kept_buffers():
-            run = self._rerun(self._per_site(self.zeros() if e is None else e))
+            mean = self.zeros()  # finds the sites, if no pass has
+            run = self._rerun(self._per_site(mean if e is None else e))
             for trace in (run.trace, self._model_run(run)):
                 trace.compute_log_prob()
 

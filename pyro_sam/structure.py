@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_sam.enumeration import Enumeration, depends_on, enumerated_dims
+from pyro_sam.known import Known
 from pyro_sam.loss import kl_loss, latent_sites, prior_log_prob
 from pyro_sam.noise import NoiseSite
 
@@ -40,6 +41,7 @@ class Pair:
     ends: dict[Hashable, bool] = field(default_factory=dict)
     enumeration: Enumeration = field(default_factory=Enumeration)
     plate_sizes: dict[str, int] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
 
     def noise_ends_at_sites(self, run: "GuideRun", at: Callable[[Mapping[str, Tensor]], "GuideRun"]) -> bool:
         """Return whether only the values of the guide's Gaussian sites depend on the noise, as far as is known.
@@ -82,12 +84,17 @@ def signature(trace: Trace) -> Hashable:
     """
     kept: Any = vars(trace)
     if "signature" not in kept:  # a trace is made anew at each run
-        kept["signature"] = tuple(
-            (name, site["is_observed"], _shape(site), _kind(site["fn"]), site["cond_indep_stack"])
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
-        )
+        kept["signature"] = signature_of_sites(trace.nodes)
     return kept["signature"]
+
+
+def signature_of_sites(sites: Mapping[str, Any]) -> tuple[tuple[Hashable, ...], ...]:
+    """Return the signature of some sites, an entry each that begins with the site's name."""
+    return tuple(
+        (name, site["is_observed"], _shape(site), _kind(site["fn"]), site["cond_indep_stack"])
+        for name, site in sites.items()
+        if site["type"] == "sample" and hasattr(site["fn"], "batch_shape")
+    )
 
 
 def _shape(site: Any) -> Hashable:

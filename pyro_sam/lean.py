@@ -1,0 +1,153 @@
+r"""The step of a mean-field guide whose structure is known: the same numbers as :mod:`pyro_sam.step`, by a short way.
+
+The guide is not run: its parameters are two vectors, the noise is a third one. The model runs under one handler that
+hands out the vector's parts. Nothing is traced, and what an ordinary step has checked is not checked again. A run that
+differs from what is known ends in :class:`~pyro_sam.record.Surprise`, and the step is taken in the ordinary way.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sam.ascent import PreviousGradients
+from pyro_sam.buffers import kept_buffers
+from pyro_sam.distributed import mean_over_ranks
+from pyro_sam.flat import FlatNormal
+from pyro_sam.known import Known
+from pyro_sam.loss import data_loss_of, kl_of_site
+from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
+from pyro_sam.record import Recorder, Surprise
+from pyro_sam.rng import RandomState, rewound
+from pyro_sam.structure import signature_of_sites
+
+
+class LeanStep(NoiseSpace):
+    """One step of one particle.
+
+    Args:
+        flat: The guide's sites.
+        known: What is known of the model.
+        model: Called with ``args`` and ``kwargs``.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        law: The law that will choose the noise.
+        scope: What one norm runs over.
+        memory: Where the ascent gradient comes from, if not from a pass of its own.
+        sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
+    """
+
+    def __init__(
+        self,
+        flat: FlatNormal,
+        known: Known,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        law: Perturbation,
+        scope: str,
+        memory: PreviousGradients | None,
+        sync_ascent: bool,
+    ) -> None:
+        super().__init__()
+        self._flat, self._known = flat, known
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._scope, self._sync_ascent = scope, sync_ascent
+        self._memory = memory if law.uses_gradient else None
+        self._many_passes = not isinstance(law, Gaussian)
+        self._held: dict[str, Tensor] = {}
+        self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
+        self._start: RandomState | None = None
+        self._mean: Tensor | None = None
+        self._mean_gradient: Tensor | None = None
+
+    def zeros(self) -> Tensor:
+        """Return the noise of the guide's mean."""
+        if self._mean is None:
+            self._mean = torch.zeros_like(self._flat.loc).unsqueeze(0)
+        return self._mean
+
+    def gaussian(self) -> Tensor:
+        """Draw standard normal noise, site by site as the guide would."""
+        e = torch.empty_like(self._flat.loc)
+        for part in self._flat.split(e).values():
+            part.normal_()
+        return e.unsqueeze(0)
+
+    def gradient(self, e: Tensor) -> Tensor:
+        """Return the data term's gradient at noise ``e``; or what is remembered of earlier steps."""
+        flat = self._flat
+        if self._memory is not None:
+            return self._memory.recall_flat(flat).unsqueeze(0)
+        with torch.enable_grad(), kept_buffers():
+            w = flat.loc if e is self._mean else flat.at(e[0])
+            w = w.detach().requires_grad_()
+            loss = data_loss_of(self._run(w).nodes.values())
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                (gradient,) = torch.autograd.grad(loss, [w], allow_unused=True)
+            else:
+                gradient = None
+        gradient = torch.zeros_like(w) if gradient is None else gradient
+        if e is self._mean:
+            self._mean_gradient = gradient
+        u = (gradient * flat.scale.detach()).unsqueeze(0)
+        return mean_over_ranks(u) if self._sync_ascent else u
+
+    def loc_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Return the means and standard deviations."""
+        return self._flat.loc.detach().unsqueeze(0), self._flat.scale.detach().unsqueeze(0)
+
+    def groups(self, e: Tensor) -> list[Tensor]:
+        """Split noise into the groups that share a norm, each ``(1, 1, scalars per group)``."""
+        if self._scope == "global":
+            return [e.unsqueeze(1)]
+        return [part.unsqueeze(1) for part in e.split([shape.numel() for shape in self._flat.shapes], -1)]
+
+    def join(self, groups: Sequence[Tensor]) -> Tensor:
+        """Undo :meth:`groups`."""
+        return groups[0].flatten(1) if len(groups) == 1 else torch.cat([group.flatten(1) for group in groups], -1)
+
+    def loss(self, e: Tensor, kl_weight: float | Tensor, *, scale_at_mean: bool) -> tuple[Any, Recorder]:
+        """Return the loss at noise ``e`` with its graph, and the run it comes from.
+
+        Args:
+            e: Chosen noise.
+            kl_weight: Weight of the KL.
+            scale_at_mean: Whether the gradient of scale is the one at the mean.
+        """
+        flat, e = self._flat, e[0].detach()
+        w = flat.at(e, detach_scale=scale_at_mean)
+        if self._memory is not None:
+            self._memory.watch_flat(flat, w)
+        run = self._run(w)
+        priors, kl_ignores_noise = self._known.look_up(run, flat, signature_of_sites(run.nodes))
+        loss = data_loss_of(run.nodes.values())
+        if scale_at_mean and self._mean_gradient is not None:
+            linear = torch.dot(self._mean_gradient * e, flat.scale)
+            loss = loss + (linear - linear.detach())
+        if isinstance(kl_weight, Tensor) or kl_weight != 0:
+            if self._many_passes and not kl_ignores_noise:
+                raise Surprise
+            kl = priors.kl(flat)
+            for name, prior in {**priors.others, **run.latents()}.items():
+                kl = kl + self._kl_of(name, run.values[name], prior)
+            weight = kl_weight.to(kl.dtype) if isinstance(kl_weight, Tensor) and isinstance(kl, Tensor) else kl_weight
+            loss = loss + weight * kl
+        return loss, run
+
+    def _kl_of(self, name: str, value: Tensor, prior: Any) -> Any:
+        plain: Any = {"args": (), "kwargs": {}, "scale": 1.0, "mask": None, "value": value}
+        return kl_of_site({**plain, "fn": self._flat.site(name)}, {**plain, "fn": prior})
+
+    def _run(self, w: Tensor) -> Recorder:
+        stream: AbstractContextManager[None] = nullcontext()
+        if self._start is not None:
+            stream = rewound(self._start)
+        elif self._many_passes:
+            self._start = RandomState.capture()
+        with stream, Recorder(self._flat.split(w), self._held, self._bookmarks) as run:
+            self._model(*self._args, **self._kwargs)
+        return run
