@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Step = Callable[[], float]
 
 WARM_UP = 3  # steps before anything is measured
+TURN = 4  # steps in a row
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def wait(device: torch.device) -> None:
 
 
 def interleaved(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Time the steps by the wall clock, each once a round, so that a machine's ups and downs meet all alike.
+    """Time the steps by the wall clock, round by round, so that a machine's ups and downs meet all alike.
 
-    Every round has an order of its own, since what ran before leaves the caches warm or cold.
+    In a round each contender takes its turn, in an order that changes: one step that does not count, as it finds the
+    caches full of another contender's code and data, and ``TURN`` steps in a row, as in training, whose mean counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order, orders = list(steps), Random(0)
@@ -105,11 +107,13 @@ def interleaved(steps: Mapping[str, Step], rounds: int, device: torch.device) ->
         for _ in range(rounds):
             orders.shuffle(order)
             for name in order:
-                wait(device)
-                start = perf_counter()
                 steps[name]()
                 wait(device)
-                seconds[name].append(perf_counter() - start)
+                start = perf_counter()
+                for _ in range(TURN):
+                    steps[name]()
+                wait(device)
+                seconds[name].append((perf_counter() - start) / TURN)
             gc.collect()
         gc.enable()
     return {name: Timing(*map(float, np.percentile(values, [50, 10, 90]))) for name, values in seconds.items()}

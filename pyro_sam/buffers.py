@@ -1,6 +1,6 @@
 """Keep the buffers of every module that runs, such as BatchNorm's running statistics, as they were."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 @contextmanager
-def kept_buffers(*, on_error_only: bool = False) -> Iterator[None]:
-    """Undo what the body does to the buffers of the modules that it calls.
+def kept_buffers(*, on_error_only: bool = False) -> Iterator[Callable[[], None]]:
+    """Undo what the body does to the buffers of the modules that it calls; gives a function that does so early.
 
     Modules are found as they are called, so a model may be any function, with modules anywhere in it.
 
@@ -26,7 +26,7 @@ def kept_buffers(*, on_error_only: bool = False) -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(save)
     try:
-        yield
+        yield lambda: _restore(before)
     except BaseException:
         _restore(before)
         raise

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_sam.record import Recorder
 
+_INTEGERS = constraints.integer_interval(0, 1)
+_NAN_SHOWS = (dist.Normal, dist.Laplace, dist.StudentT, dist.Categorical, dist.Bernoulli)
 _TRUSTED: weakref.WeakSet[Distribution] = weakref.WeakSet()
 
 
@@ -60,27 +63,42 @@ def conditions(*traces: Trace | Recorder) -> Tensor | None:
     if not found:
         return None
     device = found[0].device
+    if len(found) == 1:
+        return found[0].all()
     return torch.stack([condition.all().to(device) for condition in found]).all()
 
 
 def _of_site(site: Any) -> Iterator[Tensor]:
     fn = site["fn"]
     support = _support(fn)
-    if site["is_observed"] or not _is_real(support):
+    nan_shows = _nan_shows(site)
+    if not _is_real(support) or (site["is_observed"] and not nan_shows):
         yield from _holds(support, site["value"])
     while isinstance(fn, Distribution):
-        if fn not in _TRUSTED:
+        if site["is_observed"]:  # most likely made anew at each run
+            yield from _arguments(fn, nan_shows=nan_shows)
+        elif fn not in _TRUSTED:
             trust(fn)
-            yield from _arguments(fn)
+            yield from _arguments(fn, nan_shows=nan_shows)
         fn = getattr(fn, "base_dist", None)
 
 
-def _arguments(fn: Distribution) -> Iterator[Tensor]:
+def _nan_shows(site: Any) -> bool:
+    """Return whether a NaN in a site's values or arguments makes its log probability NaN, and so the loss."""
+    fn = site["fn"]
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return site["is_observed"] and site["mask"] is None and type(fn) in _NAN_SHOWS
+
+
+def _arguments(fn: Distribution, *, nan_shows: bool) -> Iterator[Tensor]:
     try:
         arg_constraints = fn.arg_constraints
     except NotImplementedError:
         return
     for name, constraint in arg_constraints.items():
+        if nan_shows and _is_real(constraint):
+            continue
         computed = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
         if not computed:
             yield from _holds(constraint, getattr(fn, name))
@@ -100,5 +118,10 @@ def _is_real(support: Any) -> bool:
 
 
 def _holds(constraint: Any, value: Any) -> Iterator[Tensor]:
-    if constraint is not None and not constraints.is_dependent(constraint) and isinstance(value, Tensor):
+    if constraint is None or constraints.is_dependent(constraint) or not isinstance(value, Tensor):
+        return
+    if type(constraint) is type(_INTEGERS) and not (value.is_floating_point() or value.is_complex()) and value.numel():
+        least, most = torch.aminmax(value)  # less to compute than for each
+        yield (least >= constraint.lower_bound) & (most <= constraint.upper_bound)
+    else:
         yield constraint.check(value)

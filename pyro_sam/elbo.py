@@ -162,7 +162,7 @@ class SAM_ELBO(ELBO):
         """
         total: Tensor | float = 0.0
         for particle in self._particles(Gaussian(), 1.0, model, guide, args, kwargs):
-            total = total + particle.loss()[1] / self.num_particles
+            total = total + particle.loss(graph=False).value / self.num_particles
         return _number(total)
 
     @explained
@@ -174,7 +174,7 @@ class SAM_ELBO(ELBO):
             return replay.differentiable()
         total: Any = 0.0
         for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
-            total = total + particle.loss()[0] / self.num_particles
+            total = total + particle.loss().loss / self.num_particles
         return total
 
     @explained
@@ -184,9 +184,10 @@ class SAM_ELBO(ELBO):
             return replay.accumulate()
         total: Tensor | float = 0.0
         for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
-            loss, value = particle.loss()
+            loss, value, finish = particle.loss(graph=False)
             if isinstance(loss, Tensor) and loss.requires_grad:
-                (loss / self.num_particles).backward(retain_graph=self.retain_graph)
+                (loss / self.num_particles if self.num_particles > 1 else loss).backward(retain_graph=self.retain_graph)
+                finish()
             total = total + value / self.num_particles
         return _number(total)
 
@@ -313,11 +314,12 @@ class SAM_ELBO(ELBO):
         guide: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        graph: bool,
     ) -> LeanStep | None:
         together = self.vectorize_particles and self.num_particles > 1
         if together or self.hide or not pair.known.is_any or not isinstance(guide, MeanFieldNormal):
             return None
-        flat = guide.flat()
+        flat = guide.flat(graph=graph)
         if flat is None:
             return None
         return LeanStep(
@@ -330,6 +332,7 @@ class SAM_ELBO(ELBO):
             scope=self.scope,
             memory=None if self._memory is None else self._memory.of(pair),
             sync_ascent=self.sync_ascent,
+            finish=partial(guide.hand_out, flat),
         )
 
     def _finite_max_plate_nesting(

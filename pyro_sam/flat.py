@@ -23,18 +23,23 @@ class FlatNormal:
     Args:
         names: Names of the sites.
         shapes: Their shapes.
+        sizes: Their numbers of elements.
         loc: Means, one vector, with the graph to the parameters.
         scale: Standard deviations, likewise.
+        roots: The vectors at which the graph begins, of loc and of what scale is made of; none where it begins at the
+            guide's parameters.
     """
 
     names: Sequence[str]
     shapes: Sequence[torch.Size]
+    sizes: list[int]
     loc: Tensor
     scale: Tensor
+    roots: Sequence[Tensor] = ()
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return a vector's parts by site, as views."""
-        parts = vector.split([shape.numel() for shape in self.shapes])
+        parts = torch.split_with_sizes(vector, self.sizes)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def at(self, e: Tensor, *, detach_scale: bool = False) -> Tensor:
@@ -44,8 +49,8 @@ class FlatNormal:
     def site(self, name: str) -> Any:
         """Return the distribution of one site."""
         index = list(self.names).index(name)
-        start, shape = sum(other.numel() for other in self.shapes[:index]), self.shapes[index]
-        loc, scale = (vector.narrow(0, start, shape.numel()).view(shape) for vector in (self.loc, self.scale))
+        start, shape = sum(self.sizes[:index]), self.shapes[index]
+        loc, scale = (vector.narrow(0, start, self.sizes[index]).view(shape) for vector in (self.loc, self.scale))
         return checks.trust(dist.Normal(loc, scale, validate_args=False)).to_event(len(shape))
 
 
@@ -64,8 +69,8 @@ class NormalPriors:
         self._ranges: list[tuple[int, int, float, float]] = []
         self._versions: list[tuple[Tensor, int]] = []
         start = 0
-        for name, shape in zip(flat.names, flat.shapes, strict=True):
-            stop = start + shape.numel()
+        for name, size in zip(flat.names, flat.sizes, strict=True):
+            stop = start + size
             if name in priors:
                 self._add(name, priors[name], start, stop)
             start = stop
@@ -74,15 +79,14 @@ class NormalPriors:
         """Return whether nobody has written to the priors' parameters."""
         return all(tensor._version == version for tensor, version in self._versions)
 
-    def kl(self, flat: FlatNormal) -> Tensor | float:
-        """Return the KL of the sites with such priors, summed."""
-        total: Tensor | float = 0.0
+    def kl(self, flat: FlatNormal) -> list[Tensor]:
+        """Return the terms of the KL that the sites with such priors have."""
+        terms = []
         for start, stop, loc, scale in self._ranges:
             whole = stop - start == len(flat.loc)
             q = [vector if whole else vector[start:stop] for vector in (flat.loc, flat.scale)]
-            part: Any = _NormalKL.apply(*q, loc, scale)
-            total = total + part
-        return total
+            terms.append(_NormalKL.apply(*q, loc, scale))
+        return terms
 
     def _add(self, name: str, prior: Any, start: int, stop: int) -> None:
         numbers = _scalars(prior)
@@ -129,7 +133,7 @@ class _NormalKL(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         loc, scale = ctx.saved_tensors
         prior_loc, prior_scale = ctx.prior
-        weight = outer / prior_scale**2
+        weight = outer / prior_scale**2 if prior_scale != 1 else outer
         away = loc - prior_loc if prior_loc else loc
         return away * weight, scale * weight - outer / scale, None, None
 
@@ -137,50 +141,117 @@ class _NormalKL(torch.autograd.Function):
 class FlatParameters:
     """Where a mean-field guide keeps the loc and scale of its sites, to read them as two vectors.
 
+    Its tensors are views of two vectors from the start. Where they are moved elsewhere, reading copies them.
+
     Args:
         sites: For each site, the module that has its loc and the one that has its scale, and their attribute.
         learn_scale: Whether scale is a parameter of its module, else a buffer.
     """
 
     def __init__(self, sites: Mapping[str, tuple[Any, Any, str]], *, learn_scale: bool) -> None:
-        self._names = tuple(sites)
-        self._locs = [(loc, leaf) for loc, _, leaf in sites.values()]
-        self._scales = [(scale, leaf) for _, scale, leaf in sites.values()]
+        self._sites = tuple(sites)
+        self._owners = [(modules[i], modules[2]) for i in (0, 1) for modules in sites.values()]
         self._learn_scale = learn_scale
-        self._checked: list[Tensor] = []
+        # locs first, then scales: the names of those that are parameters, the tensors, and where they are in memory
+        self._names: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._sizes: list[int] = []
+        self._vectors: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._pack()
 
-    def read(self) -> FlatNormal | None:
-        """Return the sites, and make the statements of their parameters; None if the param store has other ones."""
-        locs = [module._parameters[f"{leaf}_unconstrained"] for module, leaf in self._locs]
-        scales = [
-            module._parameters[f"{leaf}_unconstrained"] if self._learn_scale else module._buffers[leaf]
-            for module, leaf in self._scales
-        ]
-        owners = [*self._locs, *self._scales] if self._learn_scale else self._locs
-        leaves = [*locs, *scales] if self._learn_scale else locs
-        names = [f"{module._pyro_name}.{leaf}" for module, leaf in owners]
-        store: Any = pyro.get_param_store()
-        if not all(map(operator.is_, leaves, map(store._params.get, names))) or not _are_alike([*locs, *scales]):
+    def read(self, *, graph: bool) -> FlatNormal | None:
+        """Return the sites, and make the statements of their parameters; None if the param store has other ones.
+
+        Args:
+            graph: Whether the vectors have a graph to the parameters. Otherwise a graph begins at them, and
+                :meth:`hand_out` takes their gradients to the parameters: a shorter way.
+        """
+        if not self._are_current() and not self._find():
             return None
-        if len(self._checked) != len(leaves) or not all(map(operator.is_, leaves, self._checked)):
-            if any(type(store._constraints[n]) is not type(_constraint(o)) for n, o in zip(names, owners, strict=True)):
-                return None
-            self._checked = leaves
-        loc, scale = (torch.cat([part.flatten() for part in parts]) for parts in (locs, scales))
-        if self._learn_scale:
-            scale = transform_to(_constraint(self._scales[0]))(scale)
-        flat = FlatNormal(self._names, [part.shape for part in locs], loc, scale)
+        number = len(self._sites)
+        if graph or any(any(map(hooks, self._tensors)) for hooks in _HOOKS):
+            roots = []
+            loc, rho = _join(self._tensors[:number]), _join(self._tensors[number:])
+        else:
+            roots = [loc, rho] = self._detached()
+            loc.requires_grad_(torch.is_grad_enabled())
+            rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
+        scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
+        flat = FlatNormal(self._sites, self._shapes, self._sizes, loc, scale, roots)
         if _PYRO_STACK:
-            shown = [*locs, *flat.split(scale).values()] if self._learn_scale else locs
-            for name, leaf, value in zip(names, leaves, shown, strict=True):
-                value.unconstrained = weakref.ref(leaf)
-                _state(name, value)
+            self._state([*self._tensors[:number], *(flat.split(scale).values() if self._learn_scale else ())])
         return flat
+
+    def hand_out(self, flat: FlatNormal) -> None:
+        """Add the gradients of the vectors where the graph began to those of the parameters."""
+        number = len(self._sites)
+        for tensors, root in zip((self._tensors[:number], self._tensors[number:]), flat.roots, strict=False):
+            if root.grad is None:
+                continue
+            for tensor, part in zip(tensors, flat.split(root.grad).values(), strict=True):
+                if tensor.requires_grad:
+                    tensor.grad = part if tensor.grad is None else tensor.grad.add_(part)
+
+    def _present(self) -> list[Tensor]:
+        number = len(self._sites) * (2 if self._learn_scale else 1)
+        parameters = [module._parameters[f"{leaf}_unconstrained"] for module, leaf in self._owners[:number]]
+        return parameters + [module._buffers[leaf] for module, leaf in self._owners[number:]]
+
+    def _pack(self) -> None:
+        tensors, number = self._present(), len(self._sites)
+        if not _are_alike(tensors) or tensors[0].is_meta:
+            return
+        with torch.no_grad():
+            self._vectors = [_join(group).clone() for group in (tensors[:number], tensors[number:])]
+        for vector, group in zip(self._vectors, (tensors[:number], tensors[number:]), strict=True):
+            for tensor, part in zip(group, vector.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.data = part.view(tensor.shape)
+        self._pointers = [tensor.data_ptr() for tensor in tensors]
+
+    def _are_current(self) -> bool:
+        stored: Any = pyro.get_param_store()._params
+        buffers = [] if self._learn_scale else [module._buffers[leaf] for module, leaf in self._owners[len(self._sites) :]]
+        # the store's tensors are those that count
+        found = [*map(stored.get, self._names), *buffers]
+        return len(found) == len(self._tensors) > 0 and all(map(operator.is_, found, self._tensors))
+
+    def _find(self) -> bool:
+        """Look for the tensors; return whether they are what the guide was set up with."""
+        store: Any = pyro.get_param_store()
+        tensors = self._present()
+        owners = self._owners if self._learn_scale else self._owners[: len(self._sites)]
+        names = [f"{module._pyro_name}.{leaf}" for module, leaf in owners]
+        for name, tensor, owner in zip(names, tensors, owners, strict=False):
+            known = store._params.get(name) is tensor and type(store._constraints[name]) is type(_constraint(owner))
+            if not known:
+                return False
+        if not _are_alike(tensors):
+            return False
+        self._names, self._tensors = names, tensors
+        self._shapes = [tensor.shape for tensor in tensors[: len(self._sites)]]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        return True
+
+    def _detached(self) -> list[Tensor]:
+        """Return loc and what scale is made of, without a graph; not copied if all is where it was in the beginning."""
+        if self._pointers and [*map(Tensor.data_ptr, self._tensors)] == self._pointers:
+            return [vector.detach() for vector in self._vectors]
+        number = len(self._sites)
+        with torch.no_grad():
+            return [_join(group).detach() for group in (self._tensors[:number], self._tensors[number:])]
+
+    def _state(self, values: Sequence[Any]) -> None:
+        """Make the statements of the parameters, to handlers that only listen."""
+        for name, leaf, value in zip(self._names, self._tensors, values, strict=False):
+            value.unconstrained = weakref.ref(leaf)
+            for handler in _PYRO_STACK:
+                handler.trace.add_node(name, name=name, value=value, args=(name,), **_STATEMENT)  # type: ignore[attr-defined]
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    first = tensors[0].dtype, tensors[0].device
-    return all((tensor.dtype, tensor.device) == first for tensor in tensors)
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
 def _constraint(owner: tuple[Any, str]) -> Any:
@@ -188,12 +259,15 @@ def _constraint(owner: tuple[Any, str]) -> Any:
     return module._pyro_params[leaf][0]
 
 
-def _state(name: str, value: Tensor) -> None:
-    """Make the statement of a parameter, to handlers that only listen."""
-    message: Any = {
-        "type": "param", "name": name, "fn": None, "is_observed": False, "args": (name,), "kwargs": {"name": name},
-        "value": value, "scale": 1.0, "mask": None, "cond_indep_stack": (), "done": True, "stop": False,
-        "continuation": None, "infer": {},
-    }  # fmt: skip
-    for handler in _PYRO_STACK:
-        handler._pyro_post_param(message)  # type: ignore[attr-defined]
+# what a user may have asked autograd to call at a parameter
+_HOOKS = operator.attrgetter("_backward_hooks"), operator.attrgetter("_post_accumulate_grad_hooks")
+
+
+_STATEMENT: dict[str, Any] = {
+    "type": "param", "fn": None, "is_observed": False, "kwargs": {}, "scale": 1.0, "mask": None,
+    "cond_indep_stack": (), "done": True, "stop": False, "continuation": None, "infer": {},
+}  # fmt: skip
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.distributions.transforms import Transform
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn import module as pyro_module
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
@@ -120,16 +121,25 @@ class MeanFieldNormal(AutoNormal):
             self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
         self._flat = self._flat_parameters()
 
-    def flat(self) -> FlatNormal | None:
+    def flat(self, *, graph: bool = True) -> FlatNormal | None:
         """Return all sites as one Normal, and make the statements of their parameters, without a call of the guide.
 
         None where only a call will do: for constrained latents, plates, subclasses with other posteriors, hooks on the
         guide, and where a handler is to see its sites.
+
+        Args:
+            graph: Whether their graph begins at the parameters. Otherwise it begins at vectors whose gradients
+                :meth:`hand_out` takes to the parameters.
         """
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         if self.prototype_trace is None or self._flat is None or hooks or not only_parameters_are_traced():
             return None
-        return None if pyro.settings.get("module_local_params") else self._flat.read()
+        return None if pyro_module._MODULE_LOCAL_PARAMS else self._flat.read(graph=graph)
+
+    def hand_out(self, flat: FlatNormal) -> None:
+        """Add the gradients of :meth:`flat` without a graph to those of the parameters."""
+        if self._flat is not None:
+            self._flat.hand_out(flat)
 
     def _flat_parameters(self) -> FlatParameters | None:
         own = all(getattr(type(self), name) is getattr(MeanFieldNormal, name) for name in _SAMPLING)

@@ -5,19 +5,20 @@ hands out the vector's parts. Nothing is traced, and what an ordinary step has c
 differs from what is known ends in :class:`~pyro_sam.record.Surprise`, and the step is taken in the ordinary way.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_sam.ascent import PreviousGradients
-from pyro_sam.buffers import kept_buffers
 from pyro_sam.distributed import mean_over_ranks
-from pyro_sam.flat import FlatNormal
+from pyro_sam.flat import FlatNormal, NormalPriors
 from pyro_sam.known import Known
-from pyro_sam.loss import data_loss_of, kl_of_site
+from pyro_sam.loss import data_loss_of, kl_of_site, weighted
 from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
 from pyro_sam.record import Recorder, Surprise
 from pyro_sam.rng import RandomState, rewound
@@ -37,6 +38,10 @@ class LeanStep(NoiseSpace):
         scope: What one norm runs over.
         memory: Where the ascent gradient comes from, if not from a pass of its own.
         sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
+        finish: What is to be called after the backward pass.
+    Attributes:
+        start: The random stream before the step.
+        restore_buffers: Puts back what a pass has done to buffers.
     """
 
     def __init__(
@@ -51,16 +56,22 @@ class LeanStep(NoiseSpace):
         scope: str,
         memory: PreviousGradients | None,
         sync_ascent: bool,
+        finish: Callable[[], None],
     ) -> None:
         super().__init__()
         self._flat, self._known = flat, known
         self._model, self._args, self._kwargs = model, args, kwargs
         self._scope, self._sync_ascent = scope, sync_ascent
+        self.finish = finish
         self._memory = memory if law.uses_gradient else None
         self._many_passes = not isinstance(law, Gaussian)
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
-        self._start: RandomState | None = None
+        self.start = RandomState.capture()
+        self._model_start: RandomState | None = None
+        self._has_drawn = False
+        self.restore_buffers: Callable[[], None] = lambda: None
+        self._looked_at: set[Any] = set()
         self._mean: Tensor | None = None
         self._mean_gradient: Tensor | None = None
 
@@ -72,6 +83,7 @@ class LeanStep(NoiseSpace):
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise, site by site as the guide would."""
+        self._has_drawn = True
         e = torch.empty_like(self._flat.loc)
         for part in self._flat.split(e).values():
             part.normal_()
@@ -82,7 +94,7 @@ class LeanStep(NoiseSpace):
         flat = self._flat
         if self._memory is not None:
             return self._memory.recall_flat(flat).unsqueeze(0)
-        with torch.enable_grad(), kept_buffers():
+        with torch.enable_grad():
             w = flat.loc if e is self._mean else flat.at(e[0])
             w = w.detach().requires_grad_()
             loss = data_loss_of(self._run(w).nodes.values())
@@ -90,6 +102,7 @@ class LeanStep(NoiseSpace):
                 (gradient,) = torch.autograd.grad(loss, [w], allow_unused=True)
             else:
                 gradient = None
+        self.restore_buffers()
         gradient = torch.zeros_like(w) if gradient is None else gradient
         if e is self._mean:
             self._mean_gradient = gradient
@@ -104,7 +117,7 @@ class LeanStep(NoiseSpace):
         """Split noise into the groups that share a norm, each ``(1, 1, scalars per group)``."""
         if self._scope == "global":
             return [e.unsqueeze(1)]
-        return [part.unsqueeze(1) for part in e.split([shape.numel() for shape in self._flat.shapes], -1)]
+        return [part.unsqueeze(1) for part in e.split(self._flat.sizes, -1)]
 
     def join(self, groups: Sequence[Tensor]) -> Tensor:
         """Undo :meth:`groups`."""
@@ -131,12 +144,14 @@ class LeanStep(NoiseSpace):
         if isinstance(kl_weight, Tensor) or kl_weight != 0:
             if self._many_passes and not kl_ignores_noise:
                 raise Surprise
-            kl = priors.kl(flat)
-            for name, prior in {**priors.others, **run.latents()}.items():
-                kl = kl + self._kl_of(name, run.values[name], prior)
-            weight = kl_weight.to(kl.dtype) if isinstance(kl_weight, Tensor) and isinstance(kl, Tensor) else kl_weight
-            loss = loss + weight * kl
+            loss = loss + weighted(kl_weight, self._kl(priors, run))
         return loss, run
+
+    def _kl(self, priors: NormalPriors, run: Recorder) -> Any:
+        terms = priors.kl(flat=self._flat)
+        terms += [self._kl_of(name, run.values[name], prior) for name, prior in priors.others.items()]
+        terms += [self._kl_of(name, run.values[name], prior) for name, prior in run.latents().items()]
+        return reduce(operator.add, terms)
 
     def _kl_of(self, name: str, value: Tensor, prior: Any) -> Any:
         plain: Any = {"args": (), "kwargs": {}, "scale": 1.0, "mask": None, "value": value}
@@ -144,10 +159,10 @@ class LeanStep(NoiseSpace):
 
     def _run(self, w: Tensor) -> Recorder:
         stream: AbstractContextManager[None] = nullcontext()
-        if self._start is not None:
-            stream = rewound(self._start)
+        if self._model_start is not None:
+            stream = rewound(self._model_start)
         elif self._many_passes:
-            self._start = RandomState.capture()
-        with stream, Recorder(self._flat.split(w), self._held, self._bookmarks) as run:
+            self._model_start = RandomState.capture() if self._has_drawn else self.start
+        with stream, Recorder(self._flat.split(w), self._held, self._bookmarks, self._looked_at) as run:
             self._model(*self._args, **self._kwargs)
         return run

@@ -75,6 +75,13 @@ def kl_of_site(site: Any, prior: Any) -> Tensor | float:
     return _log_prob(site, site["value"]) - _log_prob(prior, site["value"]) if exact is None else exact
 
 
+def weighted(weight: float | Tensor, kl: Tensor | float) -> Tensor | float:
+    """Return ``weight * kl``, in the precision of ``kl``."""
+    if isinstance(weight, Tensor):
+        return weight.to(kl.dtype) * kl if isinstance(kl, Tensor) else weight * kl
+    return kl if weight == 1 else weight * kl
+
+
 def prior_log_prob(guide: Trace, model: Trace) -> Tensor | float:
     """Return the log prior at detached values: it depends on the noise only where a prior's parameters do."""
     values: dict[str, Any] = {name: guide.nodes[name]["value"] for name in latent_sites(model)}

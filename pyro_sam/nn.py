@@ -4,7 +4,8 @@ import copy
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
-from pyro_sam.particles import ParticlePlate, run, run_once
-from pyro_sam.record import lone_recorder
+from pyro_sam.particles import ParticlePlate, no_checkpointing, run
+from pyro_sam.record import Recorder, lone_recorder
 from pyro_sam.validation import positive
 
 
@@ -84,11 +85,19 @@ class BayesianModule(PyroModule):
         # all latents, all with a prior that has nothing to learn
         self._is_fixed = len(self._priors) == len(dict(net.named_parameters()))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run :meth:`forward`."""
+        if self._is_fixed and type(self).forward is BayesianModule.forward and lone_recorder() is not None:
+            return nn.Module.__call__(self, *args, **kwargs)  # nothing in it needs a PyroModule's context
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the weights and run the network, with its own arguments and output."""
         net = _network(self)
-        if (recorder := lone_recorder()) is not None and (known := self._known(net)) is not None:
-            return run_once(net, known.with_ties(recorder.take(known.priors)), args, kwargs)
+        if self._is_fixed and (recorder := lone_recorder()) is not None:
+            known = self._known(net, recorder)
+            with known.replaced(recorder.take(known.priors)), no_checkpointing():
+                return net(*args, **kwargs)
         weights = {}
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():
@@ -123,12 +132,14 @@ class BayesianModule(PyroModule):
             del store[name]
         return pyro.param(name, parameter)
 
-    def _known(self, net: nn.Module) -> "_Weights | None":
-        """Return the weights as they were found before, if nothing changed since; None if each run may have others."""
-        if self._is_fixed and (self._weights is None or not self._weights.are_current()):
+    def _known(self, net: nn.Module, recorder: Recorder) -> "_Weights":
+        """Return the weights as they were found before, if nothing changed since."""
+        known = self._weights
+        if known is None or not (self in recorder.looked_at or known.are_current()):
             priors = {name: self._prior_of(name, parameter) for name, parameter in net.named_parameters()}
-            self._weights = _Weights.of(net, priors)
-        return self._weights
+            self._weights = known = _Weights(net, priors)
+        recorder.looked_at.add(self)
+        return known
 
     def _prior_may_change(self) -> bool:
         return not isinstance(self.prior, Distribution | FanInNormal)
@@ -152,50 +163,53 @@ class BayesianModule(PyroModule):
         return prior
 
 
-@dataclass(frozen=True)
 class _Weights:
     """The parameters of a network and their priors, found once: to walk through a network takes time.
 
     Args:
-        members: The children and parameters of each module in it.
-        kinds: Device and dtype of each parameter.
+        net: The network.
         priors: Priors by name.
-        ties: For each second name of a parameter, its first one.
     """
 
-    members: list[tuple[nn.Module, list[Any]]]
-    kinds: list[tuple[Tensor, torch.device, torch.dtype]]
-    priors: dict[str, Any]
-    ties: dict[str, str]
-
-    @classmethod
-    def of(cls, net: nn.Module, priors: dict[str, Any]) -> "_Weights":
+    def __init__(self, net: nn.Module, priors: dict[str, Any]) -> None:
+        self.priors = priors
+        self._modules = list(net.modules())
+        self._members = self._present()
+        self._parameters = list(net.parameters())
+        self._kinds = [(parameter.dtype, parameter.device) for parameter in self._parameters]
         first = {parameter: name for name, parameter in net.named_parameters()}
-        every = {name: first[parameter] for name, parameter in net.named_parameters(remove_duplicate=False)}
-        return cls(
-            members=[(module, _members(module)) for module in net.modules()],
-            kinds=[(parameter, parameter.device, parameter.dtype) for parameter in first],
-            priors=priors,
-            ties={name: known for name, known in every.items() if name != known},
-        )
+        # every place, so that tied parameters stay tied
+        self._places = [
+            (module._parameters, name, first[parameter])
+            for module in self._modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
 
     def are_current(self) -> bool:
         """Return whether modules and parameters are what they were."""
-        return all(_are_same(_members(module), before) for module, before in self.members) and all(
-            parameter.dtype == dtype and parameter.device == device for parameter, device, dtype in self.kinds
-        )
+        present = self._present()
+        same = len(present) == len(self._members) and all(map(operator.is_, present, self._members))
+        return same and [(parameter.dtype, parameter.device) for parameter in self._parameters] == self._kinds
 
-    def with_ties(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give a weight to each name."""
-        return {**weights, **{name: weights[first] for name, first in self.ties.items()}} if self.ties else weights
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put weights in the place of the parameters; those are not written to."""
+        before = [owner[name] for owner, name, _ in self._places]
+        try:
+            for owner, name, key in self._places:
+                owner[name] = weights[key]  # type: ignore[assignment]
+            yield
+        finally:
+            for (owner, name, _), parameter in zip(self._places, before, strict=True):
+                owner[name] = parameter
 
-
-def _members(module: nn.Module) -> list[Any]:
-    return [*module._modules.values(), *module._parameters.values()]
-
-
-def _are_same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
+    def _present(self) -> list[Any]:
+        present: list[Any] = []
+        for module in self._modules:
+            present += module._modules.values()
+            present += module._parameters.values()
+        return present
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from pyro.poutine import Trace
@@ -13,16 +15,22 @@ from pyro_sam import checks
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.enumeration import enumerated_dims
 from pyro_sam.lean import LeanStep
-from pyro_sam.loss import data_loss, kl_loss, latent_sites
+from pyro_sam.loss import data_loss, kl_loss, latent_sites, weighted
 from pyro_sam.perturbation import Perturbation
 from pyro_sam.record import Surprise
-from pyro_sam.rng import RandomState
 from pyro_sam.step import GuideRun, Step
 from pyro_sam.structure import Pair, dependence, signature
 
 
-# a loss with its graph, whether its values hold, the noise
-Taken = tuple[Tensor | float, Tensor | None, Tensor]
+T = TypeVar("T")
+
+
+class Evaluated(NamedTuple):
+    """A loss with its graph, its bare value, and what to call after its backward pass."""
+
+    loss: Tensor | float
+    value: Tensor | float
+    finish: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Particle:
     """
 
     make_step: Callable[[], Step]
-    make_lean: Callable[[], LeanStep | None]
+    make_lean: Callable[[bool], LeanStep | None]
     pair: Pair
     law: Perturbation
     kl_weight: float | Tensor
@@ -49,60 +57,65 @@ class Particle:
         """The ordinary passes, made where they are needed."""
         return self.make_step()
 
-    def loss(self) -> tuple[Tensor | float, Tensor | float]:
+    def loss(self, *, graph: bool = True) -> "Evaluated":
         """Return the loss with its graph, and its bare value.
+
+        Args:
+            graph: Whether the graph begins at the parameters. Otherwise their ``.grad`` is complete only when
+                ``finish`` was called after the backward pass.
 
         Raises:
             ValueError: If a value is one that torch's checks refuse; buffers are then as they were.
         """
         # a new pair of model and guide is met under torch's own checks, which point at the user's own line
-        if self.pair.valid and checks.enabled():
-            loss, holds, e = self._shortest(self._watched)
-            if holds is None or not isinstance(loss, Tensor):
-                return loss, _bare(loss)
-            # the step's one wait for the device
-            value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
-            if not (all_hold and math.isfinite(value)):
-                self.step.check(e)
-            return loss, value
-        loss, _, _ = self._shortest(self._take)
-        return loss, _bare(loss)
+        evaluate = self._checked_afterwards if self.pair.valid and checks.enabled() else self._evaluate
+        return self._shortest(evaluate, graph=graph)
 
     def unchecked(self) -> tuple[Tensor | float, Tensor | None]:
         """Return the loss with its graph, and whether what torch would have checked holds (None if nobody asked)."""
-        if not checks.enabled():
-            return self._shortest(self._take)[0], None
-        with checks.postponed():
-            loss, holds, _ = self._shortest(partial(self._take, with_conditions=True))
-            return loss, holds
+        with checks.postponed() if checks.enabled() else nullcontext():
+            return self._shortest(partial(self._take, with_conditions=checks.enabled()), graph=True)[:2]
 
-    def _shortest(self, take: Callable[[LeanStep | None], Taken]) -> Taken:
-        """Take a lean step, and an ordinary one where that comes to nothing; buffers stay if it raises."""
-        lean = self.make_lean()
+    def _shortest(self, take: Callable[[LeanStep | None], T], *, graph: bool) -> T:
+        """Take a lean step, or an ordinary one where that comes to nothing; buffers stay if it raises."""
+        lean = self.make_lean(graph)
         if lean is not None:
-            start = RandomState.capture()
             try:
-                with kept_buffers(on_error_only=True):
+                with kept_buffers(on_error_only=True) as lean.restore_buffers:
                     return take(lean)
             except Surprise:
                 self.pair.known.forget()
-                start.restore()
+                lean.start.restore()
         with kept_buffers(on_error_only=True):
             return take(None)
 
-    def _watched(self, lean: LeanStep | None) -> Taken:
-        noises: list[Tensor] = []
+    def _evaluate(self, lean: LeanStep | None) -> "Evaluated":
+        loss, _, _ = self._take(lean)
+        return Evaluated(loss, loss.detach() if isinstance(loss, Tensor) else loss, _finish(lean))
+
+    def _checked_afterwards(self, lean: LeanStep | None) -> "Evaluated":
+        noise: list[Tensor] = []
         try:
             with checks.postponed():
-                return self._take(lean, with_conditions=True, noises=noises)
+                loss, holds, e = self._take(lean, noise, with_conditions=True)
         except (IndexError, RuntimeError, ValueError):
-            self.step.check(noises[0] if noises else None)  # says it better, where a bad value is the cause
+            self.step.check(noise[0] if noise else None)  # says it better, where a bad value is the cause
             raise
+        if holds is None or not isinstance(loss, Tensor):
+            return Evaluated(loss, loss.detach() if isinstance(loss, Tensor) else loss, _finish(lean))
+        # the step's one wait for the device
+        value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
+        if not (all_hold and math.isfinite(value)):
+            self.step.check(e)
+        return Evaluated(loss, value, _finish(lean))
 
-    def _take(self, lean: LeanStep | None, *, with_conditions: bool = False, noises: list[Tensor] | None = None) -> Taken:
+    def _take(
+        self, lean: LeanStep | None, noise: list[Tensor] | None = None, *, with_conditions: bool = False
+    ) -> tuple[Tensor | float, Tensor | None, Tensor]:
+        """Return the loss with its graph, whether its values hold, and the noise, which is put into ``noise`` early."""
         e = self.law.noise(self.step if lean is None else lean)
-        if noises is not None:
-            noises.append(e)
+        if noise is not None:
+            noise.append(e)
         if lean is None:
             return *self.estimate(e, with_conditions=with_conditions), e
         loss, run = lean.loss(e, self.kl_weight, scale_at_mean=self.scale_at_mean)
@@ -119,10 +132,7 @@ class Particle:
             loss = loss + _scale_gradient_at_mean(run, self.step.mean_gradients)
         if isinstance(self.kl_weight, Tensor) or self.kl_weight != 0:
             kl = kl_loss(run.trace, model) if ordinary else self._kl(e, run, model)
-            weight = self.kl_weight
-            loss = (
-                loss + (weight.to(kl.dtype) if isinstance(weight, Tensor) and isinstance(kl, Tensor) else weight) * kl
-            )
+            loss = loss + weighted(self.kl_weight, kl)
         if not enumerated_dims(model):
             priors = {name: site["fn"] for name, site in latent_sites(model).items()}
             sees_noise = self.pair.dependence.get((run.signature, signature(model)))
@@ -143,8 +153,8 @@ class Particle:
         return kl_loss(run.trace, model if model_there is None else model_there)
 
 
-def _bare(loss: Tensor | float) -> Tensor | float:
-    return loss.detach() if isinstance(loss, Tensor) else loss
+def _finish(lean: LeanStep | None) -> Callable[[], None]:
+    return (lambda: None) if lean is None else lean.finish
 
 
 def _scale_gradient_at_mean(run: GuideRun, mean_gradients: dict[str, Tensor]) -> Tensor | float:

@@ -1,7 +1,7 @@
 """Run a network once with weights of its own, or for all particles of a vectorised estimator at once."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +14,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 # what Pyro's ELBOs, Predictive, ReweightedWakeSleep and SMCFilter call the plate of their particles
 PARTICLE_PLATES = frozenset(
     {"num_particles_vectorized", "_num_predictive_samples", "num_sleep_particles_vectorized", "particles"}
-)
-
-
-# checkpointing would run layers again in the backward pass, by then with the network's own weights: silently wrong
-_NO_CHECKPOINTING = (
-    "Activation checkpointing (torch.utils.checkpoint) and other hooks on saved tensors do not work in or around a "
-    "BayesianModule: the second run would not see the sampled weights. Switch them off."
 )
 
 
@@ -47,6 +40,14 @@ class ParticlePlate(Messenger):
                 )
 
 
+def no_checkpointing() -> AbstractContextManager[None]:
+    """Refuse checkpointing, which would run layers again in the backward pass, by then with the network's own weights."""
+    return disable_saved_tensors_hooks(
+        "Activation checkpointing (torch.utils.checkpoint) and other hooks on saved tensors do not work in or around a "
+        "BayesianModule: the second run would not see the sampled weights. Switch them off."
+    )
+
+
 def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any, kwargs: Any) -> Any:
     """Return the network's output with ``weights`` in place of its parameters, which are not written to.
 
@@ -70,7 +71,7 @@ def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any
     def call(one: dict[str, Tensor]) -> Any:
         return functional_call(net, one, args, kwargs)
 
-    with disable_saved_tensors_hooks(_NO_CHECKPOINTING):
+    with no_checkpointing():
         if not any(leading.values()):
             return call(dict(weights))
         _check_buffers(net)
@@ -83,12 +84,6 @@ def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any
         dim = max(plate_dim, *(_distance(shape) for shape in leading.values()))
         looped = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in net.modules())
         return _run_each(call, flat, mapped, size, dim - 2, looped)
-
-
-def run_once(net: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """Return the network's output with ``weights`` of its parameters' own shapes, one for each name (tied ones too)."""
-    with disable_saved_tensors_hooks(_NO_CHECKPOINTING):
-        return functional_call(net, weights, args, kwargs, tie_weights=False)
 
 
 def _leading_shape(name: str, shape: torch.Size, own: torch.Size) -> torch.Size:

@@ -21,23 +21,25 @@ Geometry = Literal["posterior", "euclidean", "adaptive", "fisher"]
 GEOMETRIES: tuple[str, ...] = ("posterior", "euclidean", "adaptive", "fisher")
 
 
-def unit(v: Tensor) -> Tensor:
-    r"""Return ``v`` divided by its L2 norm over the last dimension; zero where ``v`` is zero.
+def unit(v: Tensor, length: float = 1.0) -> Tensor:
+    r"""Return ``v`` divided by its L2 norm over the last dimension, times ``length``; zero where ``v`` is zero.
 
     Dividing by the largest entry first keeps the squares in range, so the result has norm one for gradients of
     :math:`10^{-30}` and of :math:`10^{30}`, in single precision too.
 
     Args:
         v: Vectors along the last dimension, any shape.
+        length: Norm of the result.
     Returns:
         Tensor shaped like ``v``; NaN where ``v`` is not finite.
     """
     if v.shape[-1] == 0:
         return v
-    peak = v.abs().amax(-1, keepdim=True)
-    v = v / torch.where(peak == 0, torch.ones_like(peak), peak)
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    return v / torch.where(norm == 0, torch.ones_like(norm), norm)
+    tiny = torch.finfo(v.dtype).tiny  # stands in for a norm of zero
+    v = v / v.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(tiny)
+    # either way no more passes over v than for a length of 1
+    return v.div_(norm) if length == 1 else v.mul_(length / norm)
 
 
 class NoiseSpace(ABC):
@@ -223,7 +225,7 @@ class Adversarial(Perturbation):
         if self.ord == math.inf:
             return space.map_groups(lambda group: group.sign() * self._radius(group), u), None
         metric = self._metric(space, u)
-        step = space.map_groups(lambda group: unit(group) * self._radius(group), u if metric is None else u / metric)
+        step = space.map_groups(lambda group: unit(group, self._radius(group)), u if metric is None else u / metric)
         return (step if metric is None else step / metric), metric
 
     def _metric(self, space: NoiseSpace, u: Tensor) -> Tensor | None:
@@ -293,8 +295,8 @@ class MixSAM(Perturbation):
     def _mix(self, u: Tensor, z: Tensor) -> Tensor:
         # divided by max(1, kappa), so that no kappa overflows
         large = max(1.0, self.kappa)
-        v = unit(u) * (math.sqrt(u.shape[-1]) / large) + z * (self.kappa / large)
-        return unit(v) * (math.sqrt(u.shape[-1]) if self.rho is None else self.rho)
+        v = unit(u, math.sqrt(u.shape[-1]) / large).add_(z, alpha=self.kappa / large)
+        return unit(v, math.sqrt(u.shape[-1]) if self.rho is None else self.rho)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Recorder(Messenger):
         values: Values by site.
         held: Indices of subsampling plates. Filled by the first run, used by later ones.
         bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
+        looked_at: What modules have found to be as it was, likewise.
     Attributes:
         values: The values by site.
         nodes: The sites that sent a message, by name.
@@ -34,10 +35,15 @@ class Recorder(Messenger):
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor], held: dict[str, Tensor], bookmarks: dict[str, RandomState] | None
+        self,
+        values: Mapping[str, Tensor],
+        held: dict[str, Tensor],
+        bookmarks: dict[str, RandomState] | None,
+        looked_at: set[Any],
     ) -> None:
         super().__init__()
         self.values, self._held, self._bookmarks = values, held, bookmarks
+        self.looked_at = looked_at
         self.nodes: dict[str, Any] = {}
         self.batches: list[Mapping[str, Any]] = []
 
