@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_sam.buffers import kept_buffers
+from pyro_sam.record import Silence
 from pyro_sam.rng import RandomState, rewound
 
 log = logging.getLogger(__name__)
@@ -242,10 +243,10 @@ def capture(
     written = [*state(), *(b for known in buffers.values() for b in known.values() if b is not None)]
     before = [tensor.clone() for tensor in written]
     try:
-        with rewound(here), kept_buffers(), torch.enable_grad(), poutine.block():
+        with rewound(here), kept_buffers(), torch.enable_grad(), Silence():
             graph = _traced(whole, inputs)
             _refuse_replaced(buffers)
-        with rewound(here), torch.no_grad(), poutine.block():
+        with rewound(here), torch.no_grad(), Silence():
             runnable = _that_runs(_lean(graph), inputs)
     finally:
         for tensor, value in zip(written, before, strict=True):

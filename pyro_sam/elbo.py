@@ -210,7 +210,6 @@ class SAM_ELBO(ELBO):
         def first(*args: Any, **kwargs: Any) -> None:
             for particle in self._particles(law, self.kl_weight, model, guide, args, kwargs):
                 particle.loss()
-                particle.loss()  # the first step finds out about the model, the second one uses that
 
         settings = law, self.kl_weight == 0, self.scale_gradient, self.scope, self.num_particles, checks.enabled()
         weight = torch.tensor(self.kl_weight, dtype=torch.float64)
@@ -268,7 +267,13 @@ class SAM_ELBO(ELBO):
             )
         pair = self._structures.of(model, guide)
         make_step = partial(self._step, law, pair, model, guide, args, kwargs)
-        make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
+        make_lean = None
+        together = self.vectorize_particles and self.num_particles > 1
+        # with sync_ascent no rank may take a pass that others do not
+        if isinstance(guide, MeanFieldNormal) and not (together or self.hide or self.sync_ascent):
+            guide.initialize(*args, **kwargs)
+            if guide.can_be_flat():
+                make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
         at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
         for _ in range(1 if self.vectorize_particles else self.num_particles):
             yield Particle(make_step, make_lean, pair, law, kl_weight, at_mean)
@@ -311,14 +316,11 @@ class SAM_ELBO(ELBO):
         law: Perturbation,
         pair: Pair,
         model: Callable[..., Any],
-        guide: Callable[..., Any],
+        guide: MeanFieldNormal,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         graph: bool,
     ) -> LeanStep | None:
-        together = self.vectorize_particles and self.num_particles > 1
-        if together or self.hide or not pair.known.is_any or not isinstance(guide, MeanFieldNormal):
-            return None
         flat = guide.flat(graph=graph)
         if flat is None:
             return None
@@ -331,7 +333,6 @@ class SAM_ELBO(ELBO):
             law=law,
             scope=self.scope,
             memory=None if self._memory is None else self._memory.of(pair),
-            sync_ascent=self.sync_ascent,
             finish=partial(guide.hand_out, flat),
         )
 

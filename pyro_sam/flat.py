@@ -9,11 +9,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Independent, transform_to
 
 from pyro_sam import checks
+from pyro_sam.record import listeners
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:
         return None
     found = []
     for tensor in (prior.loc, prior.scale):
-        one = tensor.numel() > 0 and not any(stride for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+        one = tensor.numel() > 0 and not any(
+            stride for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1
+        )
         if not one or tensor.requires_grad or tensor.is_inference() or tensor.is_meta:
             return None
         found.append(tensor[(0,) * tensor.dim()])
@@ -180,8 +182,8 @@ class FlatParameters:
             rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
         flat = FlatNormal(self._sites, self._shapes, self._sizes, loc, scale, roots)
-        if _PYRO_STACK:
-            self._state([*self._tensors[:number], *(flat.split(scale).values() if self._learn_scale else ())])
+        if handlers := listeners():
+            self._state(handlers, [*self._tensors[:number], *(flat.split(scale).values() if self._learn_scale else ())])
         return flat
 
     def hand_out(self, flat: FlatNormal) -> None:
@@ -212,7 +214,9 @@ class FlatParameters:
 
     def _are_current(self) -> bool:
         stored: Any = pyro.get_param_store()._params
-        buffers = [] if self._learn_scale else [module._buffers[leaf] for module, leaf in self._owners[len(self._sites) :]]
+        buffers = (
+            [] if self._learn_scale else [module._buffers[leaf] for module, leaf in self._owners[len(self._sites) :]]
+        )
         # the store's tensors are those that count
         found = [*map(stored.get, self._names), *buffers]
         return len(found) == len(self._tensors) > 0 and all(map(operator.is_, found, self._tensors))
@@ -242,12 +246,12 @@ class FlatParameters:
         with torch.no_grad():
             return [_join(group).detach() for group in (self._tensors[:number], self._tensors[number:])]
 
-    def _state(self, values: Sequence[Any]) -> None:
-        """Make the statements of the parameters, to handlers that only listen."""
+    def _state(self, handlers: Sequence[Any], values: Sequence[Any]) -> None:
+        """Make the statements of the parameters, to traces."""
         for name, leaf, value in zip(self._names, self._tensors, values, strict=False):
             value.unconstrained = weakref.ref(leaf)
-            for handler in _PYRO_STACK:
-                handler.trace.add_node(name, name=name, value=value, args=(name,), **_STATEMENT)  # type: ignore[attr-defined]
+            for handler in handlers:
+                handler.trace.add_node(name, name=name, value=value, args=(name,), **_STATEMENT)
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:

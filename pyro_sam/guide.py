@@ -121,20 +121,27 @@ class MeanFieldNormal(AutoNormal):
             self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
         self._flat = self._flat_parameters()
 
+    def can_be_flat(self) -> bool:
+        """Return whether all there is to the guide's sites is their loc and scale.
+
+        Not so for constrained latents, plates, subclasses with other posteriors, hooks on the guide, and where a
+        handler is to see its sites.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return (
+            self._flat is not None and not (hooks or pyro_module._MODULE_LOCAL_PARAMS) and only_parameters_are_traced()
+        )
+
     def flat(self, *, graph: bool = True) -> FlatNormal | None:
         """Return all sites as one Normal, and make the statements of their parameters, without a call of the guide.
 
-        None where only a call will do: for constrained latents, plates, subclasses with other posteriors, hooks on the
-        guide, and where a handler is to see its sites.
+        None if the param store has other parameters than the guide's modules, which a call puts right.
 
         Args:
             graph: Whether their graph begins at the parameters. Otherwise it begins at vectors whose gradients
                 :meth:`hand_out` takes to the parameters.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        if self.prototype_trace is None or self._flat is None or hooks or not only_parameters_are_traced():
-            return None
-        return None if pyro_module._MODULE_LOCAL_PARAMS else self._flat.read(graph=graph)
+        return None if self._flat is None else self._flat.read(graph=graph)
 
     def hand_out(self, flat: FlatNormal) -> None:
         """Add the gradients of :meth:`flat` without a graph to those of the parameters."""

@@ -11,22 +11,37 @@ class Known:
     """The structures of a model that ordinary steps have met and checked, for one mean-field guide.
 
     Attributes:
-        is_any: Whether there is one.
+        kl_ignores_noise: Whether the KL of none of them depends on the noise, as far as is known.
     """
 
-    PATIENCE = 3  # lean steps that may come to nothing in a row before no more are tried
+    PATIENCE = 3  # steps in a row that may fail to be lean before no more are tried
 
     def __init__(self) -> None:
-        self._met: dict[tuple[tuple[Hashable, ...], ...], bool] = {}
+        self.kl_ignores_noise = True
+        self._met: set[tuple[tuple[Hashable, ...], ...]] = set()
         self._priors: dict[str, Any] = {}
         self._batches: list[Mapping[str, Any]] = []
         self._normal: NormalPriors | None = None
-        self._accepted: dict[Hashable, bool] = {}
-        self._surprises = 0
+        self._accepted: set[Hashable] = set()
+        self._failures = 0
 
     @property
     def is_any(self) -> bool:
-        return bool(self._met) and self._surprises < self.PATIENCE
+        """Whether there is one."""
+        return bool(self._met)
+
+    @property
+    def is_worth_a_try(self) -> bool:
+        """Whether lean steps have not failed too often."""
+        return self._failures < self.PATIENCE
+
+    def lose_patience(self) -> None:
+        """Note that a step failed to be lean, even after an ordinary one."""
+        self._failures += 1
+
+    def give_up(self) -> None:
+        """Try no more lean steps."""
+        self._failures = self.PATIENCE
 
     def add(self, signature: Any, priors: Mapping[str, Any], *, kl_ignores_noise: bool) -> None:
         """Take in what an ordinary step has met.
@@ -36,16 +51,12 @@ class Known:
             priors: The distributions of its latents.
             kl_ignores_noise: Whether the KL is known not to depend on the noise.
         """
-        self._met[signature] = kl_ignores_noise
+        self._met.add(signature)
+        self.kl_ignores_noise &= kl_ignores_noise
         self._priors, self._normal = dict(priors), None
 
-    def forget(self) -> None:
-        """Note that a lean step came to nothing."""
-        self._surprises += 1
-        self._normal = None
-
-    def look_up(self, run: Recorder, flat: FlatNormal, signature: Hashable) -> tuple[NormalPriors, bool]:
-        """Return the priors that a run served at one go, and whether the KL is known not to depend on the noise.
+    def look_up(self, run: Recorder, flat: FlatNormal, signature: Hashable) -> NormalPriors:
+        """Return the priors that a run served at one go.
 
         Args:
             run: A finished run.
@@ -59,8 +70,8 @@ class Known:
             normal = self._serve(run.batches, flat)
         if signature not in self._accepted:
             raise Surprise
-        self._surprises = 0
-        return normal, self._accepted[signature]
+        self._failures = 0
+        return normal
 
     def _are_served(self, batches: list[Mapping[str, Any]]) -> bool:
         return len(batches) == len(self._batches) and all(a is b for a, b in zip(batches, self._batches, strict=True))
@@ -69,8 +80,6 @@ class Known:
         served = {name: prior for batch in batches for name, prior in batch.items()}
         if any(self._priors.get(name) is not prior for name, prior in served.items()):
             raise Surprise
-        self._batches, self._normal, self._accepted = batches, NormalPriors(flat, served), {}
-        for signature, ignores_noise in self._met.items():
-            rest = tuple(entry for entry in signature if entry[0] not in served)
-            self._accepted[rest] = self._accepted.get(rest, True) and ignores_noise
+        self._batches, self._normal = batches, NormalPriors(flat, served)
+        self._accepted = {tuple(entry for entry in met if entry[0] not in served) for met in self._met}
         return self._normal

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_sam.ascent import PreviousGradients
-from pyro_sam.distributed import mean_over_ranks
 from pyro_sam.flat import FlatNormal, NormalPriors
 from pyro_sam.known import Known
 from pyro_sam.loss import data_loss_of, kl_of_site, weighted
 from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
-from pyro_sam.record import Recorder, Surprise
+from pyro_sam.record import Recorder
 from pyro_sam.rng import RandomState, rewound
 from pyro_sam.structure import signature_of_sites
 
@@ -37,10 +36,8 @@ class LeanStep(NoiseSpace):
         law: The law that will choose the noise.
         scope: What one norm runs over.
         memory: Where the ascent gradient comes from, if not from a pass of its own.
-        sync_ascent: Whether the gradient is the mean over all processes of ``torch.distributed``.
         finish: What is to be called after the backward pass.
     Attributes:
-        start: The random stream before the step.
         restore_buffers: Puts back what a pass has done to buffers.
     """
 
@@ -55,21 +52,17 @@ class LeanStep(NoiseSpace):
         law: Perturbation,
         scope: str,
         memory: PreviousGradients | None,
-        sync_ascent: bool,
         finish: Callable[[], None],
     ) -> None:
         super().__init__()
         self._flat, self._known = flat, known
         self._model, self._args, self._kwargs = model, args, kwargs
-        self._scope, self._sync_ascent = scope, sync_ascent
-        self.finish = finish
+        self._scope, self.finish = scope, finish
         self._memory = memory if law.uses_gradient else None
         self._many_passes = not isinstance(law, Gaussian)
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
-        self.start = RandomState.capture()
         self._model_start: RandomState | None = None
-        self._has_drawn = False
         self.restore_buffers: Callable[[], None] = lambda: None
         self._looked_at: set[Any] = set()
         self._mean: Tensor | None = None
@@ -83,7 +76,6 @@ class LeanStep(NoiseSpace):
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise, site by site as the guide would."""
-        self._has_drawn = True
         e = torch.empty_like(self._flat.loc)
         for part in self._flat.split(e).values():
             part.normal_()
@@ -106,8 +98,7 @@ class LeanStep(NoiseSpace):
         gradient = torch.zeros_like(w) if gradient is None else gradient
         if e is self._mean:
             self._mean_gradient = gradient
-        u = (gradient * flat.scale.detach()).unsqueeze(0)
-        return mean_over_ranks(u) if self._sync_ascent else u
+        return (gradient * flat.scale.detach()).unsqueeze(0)
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations."""
@@ -136,14 +127,12 @@ class LeanStep(NoiseSpace):
         if self._memory is not None:
             self._memory.watch_flat(flat, w)
         run = self._run(w)
-        priors, kl_ignores_noise = self._known.look_up(run, flat, signature_of_sites(run.nodes))
+        priors = self._known.look_up(run, flat, signature_of_sites(run.nodes))
         loss = data_loss_of(run.nodes.values())
         if scale_at_mean and self._mean_gradient is not None:
             linear = torch.dot(self._mean_gradient * e, flat.scale)
             loss = loss + (linear - linear.detach())
         if isinstance(kl_weight, Tensor) or kl_weight != 0:
-            if self._many_passes and not kl_ignores_noise:
-                raise Surprise
             loss = loss + weighted(kl_weight, self._kl(priors, run))
         return loss, run
 
@@ -162,7 +151,7 @@ class LeanStep(NoiseSpace):
         if self._model_start is not None:
             stream = rewound(self._model_start)
         elif self._many_passes:
-            self._model_start = RandomState.capture() if self._has_drawn else self.start
+            self._model_start = RandomState.capture()
         with stream, Recorder(self._flat.split(w), self._held, self._bookmarks, self._looked_at) as run:
             self._model(*self._args, **self._kwargs)
         return run

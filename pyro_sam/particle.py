@@ -16,11 +16,11 @@ from pyro_sam.buffers import kept_buffers
 from pyro_sam.enumeration import enumerated_dims
 from pyro_sam.lean import LeanStep
 from pyro_sam.loss import data_loss, kl_loss, latent_sites, weighted
-from pyro_sam.perturbation import Perturbation
+from pyro_sam.perturbation import Gaussian, Perturbation
 from pyro_sam.record import Surprise
+from pyro_sam.rng import RandomState
 from pyro_sam.step import GuideRun, Step
-from pyro_sam.structure import Pair, dependence, signature
-
+from pyro_sam.structure import Dependence, Pair, dependence, signature
 
 T = TypeVar("T")
 
@@ -38,7 +38,8 @@ class Particle:
     """One particle: its passes, and what is known of its model and guide.
 
     Args:
-        step: The passes.
+        make_step: Makes the ordinary passes.
+        make_lean: Makes the lean ones, with a graph to the parameters or without, or None; None if there are none.
         pair: What is known.
         law: Chooses the noise.
         kl_weight: Weight of the KL.
@@ -46,7 +47,7 @@ class Particle:
     """
 
     make_step: Callable[[], Step]
-    make_lean: Callable[[bool], LeanStep | None]
+    make_lean: Callable[[bool], LeanStep | None] | None
     pair: Pair
     law: Perturbation
     kl_weight: float | Tensor
@@ -77,17 +78,47 @@ class Particle:
             return self._shortest(partial(self._take, with_conditions=checks.enabled()), graph=True)[:2]
 
     def _shortest(self, take: Callable[[LeanStep | None], T], *, graph: bool) -> T:
-        """Take a lean step, or an ordinary one where that comes to nothing; buffers stay if it raises."""
-        lean = self.make_lean(graph)
-        if lean is not None:
-            try:
-                with kept_buffers(on_error_only=True) as lean.restore_buffers:
-                    return take(lean)
-            except Surprise:
-                self.pair.known.forget()
-                lean.start.restore()
+        """Take a lean step where that is possible, else an ordinary one; buffers stay if it raises.
+
+        A structure that is new is met, and checked, in an ordinary run at the mean that leaves no trace. So the numbers
+        of a training do not depend on which of its steps was the first, before or after an interruption.
+        """
+        known = self.pair.known
+        if self.make_lean is not None and known.is_worth_a_try:
+            start = RandomState.capture()
+            for is_rehearsed in (False, True):
+                lean = self.make_lean(graph)
+                if lean is not None and known.is_any and self._kl_is_known:
+                    try:
+                        with kept_buffers(on_error_only=True) as lean.restore_buffers:
+                            return take(lean)
+                    except Surprise:
+                        start.restore()
+                if is_rehearsed or torch.is_inference_mode_enabled():
+                    known.lose_patience()
+                    break
+                self._rehearse()
+                start.restore()
         with kept_buffers(on_error_only=True):
             return take(None)
+
+    @property
+    def _kl_is_known(self) -> bool:
+        """Whether the KL at the law's noise is the KL."""
+        unused = not isinstance(self.kl_weight, Tensor) and self.kl_weight == 0
+        return unused or isinstance(self.law, Gaussian) or self.pair.known.kl_ignores_noise
+
+    def _rehearse(self) -> None:
+        with kept_buffers():
+            e = self.step.zeros()
+            run, model = self.step.final_run(e, tracked=not self.pair.dependence, detach_scale=False)
+            if enumerated_dims(model):
+                self.pair.known.give_up()
+            else:
+                priors = {name: site["fn"] for name, site in latent_sites(model).items()}
+                sees_noise = self._dependence(e, run, model).kl
+                self.pair.known.add(signature(model), priors, kl_ignores_noise=not sees_noise)
+        del vars(self)["step"]  # another run will have passes of its own
 
     def _evaluate(self, lean: LeanStep | None) -> "Evaluated":
         loss, _, _ = self._take(lean)
@@ -133,24 +164,23 @@ class Particle:
         if isinstance(self.kl_weight, Tensor) or self.kl_weight != 0:
             kl = kl_loss(run.trace, model) if ordinary else self._kl(e, run, model)
             loss = loss + weighted(self.kl_weight, kl)
-        if not enumerated_dims(model):
-            priors = {name: site["fn"] for name, site in latent_sites(model).items()}
-            sees_noise = self.pair.dependence.get((run.signature, signature(model)))
-            kl_ignores_noise = sees_noise is not None and not sees_noise.kl
-            self.pair.known.add(signature(model), priors, kl_ignores_noise=kl_ignores_noise)
         return loss, checks.conditions(run.trace, model) if with_conditions else None
 
     def _kl(self, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
-        key = run.signature, signature(model)
-        if key not in self.pair.dependence:
-            tracked, its_model = (run, model) if run.tracked else self.step.trial_run(e)
-            noise = [site.noise for site in tracked.sites.values()]
-            self.pair.dependence[key] = dependence(tracked.trace, its_model, noise)
-        sees_noise = self.pair.dependence[key]
+        sees_noise = self._dependence(e, run, model)
         if not sees_noise.kl:
             return kl_loss(run.trace, model)
         run, model_there = self.step.gaussian_run(with_model=sees_noise.prior)
         return kl_loss(run.trace, model if model_there is None else model_there)
+
+    def _dependence(self, e: Tensor, run: GuideRun, model: Trace) -> Dependence:
+        key = run.signature, signature(model)
+        if key not in self.pair.dependence:
+            has_graph = run.tracked and torch.is_grad_enabled()
+            tracked, its_model = (run, model) if has_graph else self.step.trial_run(e)
+            noise = [site.noise for site in tracked.sites.values()]
+            self.pair.dependence[key] = dependence(tracked.trace, its_model, noise)
+        return self.pair.dependence[key]
 
 
 def _finish(lean: LeanStep | None) -> Callable[[], None]:

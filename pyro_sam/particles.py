@@ -41,7 +41,7 @@ class ParticlePlate(Messenger):
 
 
 def no_checkpointing() -> AbstractContextManager[None]:
-    """Refuse checkpointing, which would run layers again in the backward pass, by then with the network's own weights."""
+    """Refuse checkpointing: it would run layers again in the backward pass, by then with the network's own weights."""
     return disable_saved_tensors_hooks(
         "Activation checkpointing (torch.utils.checkpoint) and other hooks on saved tensors do not work in or around a "
         "BayesianModule: the second run would not see the sampled weights. Switch them off."

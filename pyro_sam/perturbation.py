@@ -35,10 +35,10 @@ def unit(v: Tensor, length: float = 1.0) -> Tensor:
     """
     if v.shape[-1] == 0:
         return v
-    tiny = torch.finfo(v.dtype).tiny  # stands in for a norm of zero
+    tiny = torch.finfo(v.dtype).tiny  # a zero vector is divided by it
     v = v / v.abs().amax(-1, keepdim=True).clamp_min(tiny)
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(tiny)
-    # either way no more passes over v than for a length of 1
+    # the largest entry is 1 by now, so that only a zero vector has a norm below 1
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(math.sqrt(tiny))
     return v.div_(norm) if length == 1 else v.mul_(length / norm)
 
 

@@ -6,6 +6,7 @@ Where nothing else listens, a module with many sites is served at one go (:func:
 from collections.abc import Mapping
 from typing import Any
 
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -75,16 +76,32 @@ class Recorder(Messenger):
         self.nodes[msg["name"]] = msg.copy()
 
 
+class Silence(BlockMessenger):
+    """Hides all statements inside from the handlers around it."""
+
+    def __init__(self) -> None:
+        super().__init__(hide_all=True)
+
+
+def listeners() -> list[Any]:
+    """Return the handlers that hear a statement made here, the outermost first."""
+    stack = _PYRO_STACK
+    for i in range(len(stack) - 1, -1, -1):
+        if type(stack[i]) is Silence:
+            return stack[i + 1 :]
+    return stack
+
+
 def only_parameters_are_traced() -> bool:
     """Return whether nothing listens but traces of parameters, such as SVI's."""
-    return all(_traces_parameters(handler) for handler in _PYRO_STACK)
+    return all(map(_traces_parameters, listeners()))
 
 
 def lone_recorder() -> Recorder | None:
     """Return the recorder that runs the present code, if nothing else listens but traces of parameters."""
     if not _PYRO_STACK or type(_PYRO_STACK[-1]) is not Recorder:
         return None
-    *others, recorder = _PYRO_STACK
+    *others, recorder = listeners()
     return recorder if all(map(_traces_parameters, others)) else None
 
 

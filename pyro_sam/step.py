@@ -194,7 +194,7 @@ class Step(NoiseSpace):
         """Run guide and model once more with the noise as leaves of the graph, to see what depends on it."""
         with torch.enable_grad(), kept_buffers():
             run = self._guide_run(e, tracked=True)
-            return run, self._model_run(run)
+            return run, self._model_run(run, inspect=False)
 
     def gaussian_run(self, *, with_model: bool) -> tuple[GuideRun, Trace | None]:
         """Run the guide, and on demand the model, at Gaussian noise: the law's own draw if it made one."""

@@ -71,6 +71,7 @@ def test_the_handwritten_step_is_the_estimators(
         # both laws get the same noise, however it is asked for
         flat_z = torch.cat([z[p.shape].flatten() for p in given.net.parameters()])
         patch.setattr(torch, "randn", lambda shape, **_: z[torch.Size(shape)])
+        patch.setattr(torch.Tensor, "normal_", lambda tensor: tensor.copy_(z[tensor.shape]))
         patch.setattr(torch, "randn_like", lambda tensor: flat_z if flat else z[tensor.shape])
         expected, gradients = gradients_of(ps.SAM_ELBO(law), given.model, guide, given.x, given.y)
         loss = hand.loss()
