@@ -1,5 +1,6 @@
 r"""The ascent direction from earlier steps: an average of the descent passes' own gradients, at no pass of its own."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -71,8 +72,9 @@ class PreviousGradients:
     @torch.no_grad()
     def _add_flat(self, average: Tensor, scale: Tensor, gradient: Tensor) -> None:
         u = gradient * scale
-        ends = torch.stack(torch.aminmax(u))
-        average.copy_(torch.where(ends.isfinite().all(), average.lerp(u, 1 - self.decay), average))
+        least, most = torch.aminmax(u)  # NaN if there is one
+        is_finite = torch.maximum(-least, most) < math.inf
+        torch.where(is_finite, average.lerp(u, 1 - self.decay), average, out=average)
 
     @torch.no_grad()
     def _add(self, name: str, core: CoreNormal, noise: Tensor, gradient: Tensor) -> None:

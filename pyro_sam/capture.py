@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_sam.buffers import kept_buffers
 from pyro_sam.record import Silence
+from pyro_sam.recurrent import with_recurrent_layers
 from pyro_sam.rng import RandomState, rewound
 
 log = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def capture(
             graph = _traced(whole, inputs)
             _refuse_replaced(buffers)
         with rewound(here), torch.no_grad(), Silence():
-            runnable = _that_runs(_lean(graph), inputs)
+            runnable = _that_runs(with_recurrent_layers(_lean(graph)), inputs)
     finally:
         for tensor, value in zip(written, before, strict=True):
             tensor.data.copy_(value)
@@ -294,8 +295,10 @@ def _lean(graph: GraphModule) -> GraphModule:
 
 def _compiled(graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
     # torch's own random numbers, so that a seed means the same as without compilation; where there are several threads
-    # and draws of several kinds (dropout), its compiler may take them in another order all the same
-    compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    # and draws of several kinds (dropout), its compiler may take them in another order all the same. Convolutions stay
+    # in the layout of the network: another one slows down small ones.
+    options = {"fallback_random": True, "layout_optimization": False}
+    compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
     return compiled
 
 

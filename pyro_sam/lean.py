@@ -18,7 +18,7 @@ from pyro_sam.ascent import PreviousGradients
 from pyro_sam.flat import FlatNormal, NormalPriors
 from pyro_sam.known import Known
 from pyro_sam.loss import data_loss_of, kl_of_site, weighted
-from pyro_sam.perturbation import Gaussian, NoiseSpace, Perturbation
+from pyro_sam.perturbation import NoiseSpace, Perturbation
 from pyro_sam.record import Recorder
 from pyro_sam.rng import RandomState, rewound
 from pyro_sam.structure import signature_of_sites
@@ -59,7 +59,7 @@ class LeanStep(NoiseSpace):
         self._model, self._args, self._kwargs = model, args, kwargs
         self._scope, self.finish = scope, finish
         self._memory = memory if law.uses_gradient else None
-        self._many_passes = not isinstance(law, Gaussian)
+        self._many_passes = law.uses_gradient and memory is None
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
         self._model_start: RandomState | None = None

@@ -4,8 +4,7 @@ import copy
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,8 +95,7 @@ class BayesianModule(PyroModule):
         net = _network(self)
         if self._is_fixed and (recorder := lone_recorder()) is not None:
             known = self._known(net, recorder)
-            with known.replaced(recorder.take(known.priors)), no_checkpointing():
-                return net(*args, **kwargs)
+            return known.run(recorder.take(known.priors), args, kwargs)
         weights = {}
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():
@@ -173,6 +171,7 @@ class _Weights:
 
     def __init__(self, net: nn.Module, priors: dict[str, Any]) -> None:
         self.priors = priors
+        self._net = net
         self._modules = list(net.modules())
         self._members = self._present()
         self._parameters = list(net.parameters())
@@ -192,14 +191,14 @@ class _Weights:
         same = len(present) == len(self._members) and all(map(operator.is_, present, self._members))
         return same and [(parameter.dtype, parameter.device) for parameter in self._parameters] == self._kinds
 
-    @contextmanager
-    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put weights in the place of the parameters; those are not written to."""
+    def run(self, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """Return the network's output with weights in the place of its parameters, which are not written to."""
         before = [owner[name] for owner, name, _ in self._places]
         try:
             for owner, name, key in self._places:
                 owner[name] = weights[key]  # type: ignore[assignment]
-            yield
+            with no_checkpointing():
+                return self._net(*args, **kwargs)
         finally:
             for (owner, name, _), parameter in zip(self._places, before, strict=True):
                 owner[name] = parameter
