@@ -239,6 +239,7 @@ def test_compilation_leaves_pyros_validation_on() -> None:
         dist.Normal(0.0, -1.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_recurrent_network_trains_with_compile_too(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     # in single precision the CPU has a kernel for the whole layer
