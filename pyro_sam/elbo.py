@@ -269,13 +269,16 @@ class SAM_ELBO(ELBO):
         make_step = partial(self._step, law, pair, model, guide, args, kwargs)
         make_lean = None
         together = self.vectorize_particles and self.num_particles > 1
-        # with sync_ascent no rank may take a pass that others do not
-        if isinstance(guide, MeanFieldNormal) and not (together or self.hide or self.sync_ascent):
+        if isinstance(guide, MeanFieldNormal):
             guide.initialize(*args, **kwargs)
-            if guide.can_be_flat():
-                make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
+        if together:
+            self._finite_max_plate_nesting(model, follow_minibatch(model, guide, args, kwargs), args, kwargs)
+        # with sync_ascent no rank may take a pass that others do not
+        ordinary = self.hide or self.sync_ascent or (together and self._memory is not None)
+        if isinstance(guide, MeanFieldNormal) and not ordinary and guide.can_be_flat():
+            make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
         at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
-        for _ in range(1 if self.vectorize_particles else self.num_particles):
+        for _ in range(1 if together else self.num_particles):
             yield Particle(make_step, make_lean, pair, law, kl_weight, at_mean)
 
     def _step(
@@ -324,12 +327,17 @@ class SAM_ELBO(ELBO):
         flat = guide.flat(graph=graph)
         if flat is None:
             return None
+        lead: tuple[int, ...] = ()
+        if self.vectorize_particles and self.num_particles > 1:
+            lead = (self.num_particles, *[1] * (int(self.max_plate_nesting) - 1))
+            model = self._vectorized_num_particles(model)
         return LeanStep(
             flat,
             pair.known,
             model,
             args,
             kwargs,
+            lead=lead,
             law=law,
             scope=self.scope,
             memory=None if self._memory is None else self._memory.of(pair),

@@ -37,10 +37,15 @@ class FlatNormal:
     scale: Tensor
     roots: Sequence[Tensor] = ()
 
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return a vector's parts by site, as views."""
-        parts = torch.split_with_sizes(vector, self.sizes)
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+    def split(self, vector: Tensor, lead: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Return a vector's parts by site, as views; of several vectors, with ``lead`` at the left of a site's shape."""
+        parts = torch.split_with_sizes(vector, self.sizes, -1)
+        if not lead:
+            return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {
+            name: part.unflatten(-1, shape).view(*lead, *shape) if shape else part.view(*lead)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
 
     def at(self, e: Tensor, *, detach_scale: bool = False) -> Tensor:
         """Return ``loc + scale * e``."""
@@ -99,6 +104,16 @@ class NormalPriors:
         if self._ranges and self._ranges[-1][1:] == (start, *here[2:]):
             here = (self._ranges.pop()[0], *here[1:])
         self._ranges.append(here)
+
+
+def is_expanded(fn: Any, prior: Any) -> bool:
+    """Return whether ``fn`` is a Normal prior with one loc and one scale, or that prior expanded in a plate."""
+    if fn is prior:
+        return True
+    here, there = _scalars(fn), _scalars(prior)
+    if here is None or there is None or fn.event_shape != prior.event_shape:
+        return False
+    return all(a.data_ptr() == b.data_ptr() for a, b in zip(here, there, strict=True))
 
 
 def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:

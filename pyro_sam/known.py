@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from pyro_sam.flat import FlatNormal, NormalPriors
+from pyro_sam.flat import FlatNormal, NormalPriors, is_expanded
 from pyro_sam.record import Recorder, Surprise
 
 
@@ -78,7 +78,7 @@ class Known:
 
     def _serve(self, batches: list[Mapping[str, Any]], flat: FlatNormal) -> NormalPriors:
         served = {name: prior for batch in batches for name, prior in batch.items()}
-        if any(self._priors.get(name) is not prior for name, prior in served.items()):
+        if not all(is_expanded(self._priors.get(name), prior) for name, prior in served.items()):
             raise Surprise
         self._batches, self._normal = batches, NormalPriors(flat, served)
         self._accepted = {tuple(entry for entry in met if entry[0] not in served) for met in self._met}

@@ -33,6 +33,7 @@ class LeanStep(NoiseSpace):
         model: Called with ``args`` and ``kwargs``.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
         law: The law that will choose the noise.
         scope: What one norm runs over.
         memory: Where the ascent gradient comes from, if not from a pass of its own.
@@ -49,12 +50,14 @@ class LeanStep(NoiseSpace):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
+        lead: Sequence[int],
         law: Perturbation,
         scope: str,
         memory: PreviousGradients | None,
         finish: Callable[[], None],
     ) -> None:
-        super().__init__()
+        super().__init__(lead[0] if lead else 1)
+        self._lead = lead
         self._flat, self._known = flat, known
         self._model, self._args, self._kwargs = model, args, kwargs
         self._scope, self.finish = scope, finish
@@ -71,12 +74,15 @@ class LeanStep(NoiseSpace):
     def zeros(self) -> Tensor:
         """Return the noise of the guide's mean."""
         if self._mean is None:
-            self._mean = torch.zeros_like(self._flat.loc).unsqueeze(0)
+            self._mean = self._flat.loc.new_zeros(self.num_particles, len(self._flat.loc))
         return self._mean
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise, site by site as the guide would."""
         e = torch.empty_like(self._flat.loc)
+        if self._lead:
+            like = {name: part.expand(*self._lead, *part.shape) for name, part in self._flat.split(e).items()}
+            return torch.cat([torch.randn_like(part).view(self.num_particles, -1) for part in like.values()], -1)
         for part in self._flat.split(e).values():
             part.normal_()
         return e.unsqueeze(0)
@@ -87,8 +93,8 @@ class LeanStep(NoiseSpace):
         if self._memory is not None:
             return self._memory.recall_flat(flat).unsqueeze(0)
         with torch.enable_grad():
-            w = flat.loc if e is self._mean else flat.at(e[0])
-            w = w.detach().requires_grad_()
+            mean = flat.loc.expand_as(e) if self._lead else flat.loc
+            w = (mean if e is self._mean else flat.at(self._noise(e))).detach().requires_grad_()
             loss = data_loss_of(self._run(w).nodes.values())
             if isinstance(loss, Tensor) and loss.requires_grad:
                 (gradient,) = torch.autograd.grad(loss, [w], allow_unused=True)
@@ -98,14 +104,15 @@ class LeanStep(NoiseSpace):
         gradient = torch.zeros_like(w) if gradient is None else gradient
         if e is self._mean:
             self._mean_gradient = gradient
-        return (gradient * flat.scale.detach()).unsqueeze(0)
+        return (gradient * flat.scale.detach()).view_as(e)
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations."""
-        return self._flat.loc.detach().unsqueeze(0), self._flat.scale.detach().unsqueeze(0)
+        shape = self.num_particles, len(self._flat.loc)
+        return self._flat.loc.detach().expand(shape), self._flat.scale.detach().expand(shape)
 
     def groups(self, e: Tensor) -> list[Tensor]:
-        """Split noise into the groups that share a norm, each ``(1, 1, scalars per group)``."""
+        """Split noise into the groups that share a norm, each ``(P, 1, scalars per group)``."""
         if self._scope == "global":
             return [e.unsqueeze(1)]
         return [part.unsqueeze(1) for part in e.split(self._flat.sizes, -1)]
@@ -122,7 +129,7 @@ class LeanStep(NoiseSpace):
             kl_weight: Weight of the KL.
             scale_at_mean: Whether the gradient of scale is the one at the mean.
         """
-        flat, e = self._flat, e[0].detach()
+        flat, e = self._flat, self._noise(e)
         w = flat.at(e, detach_scale=scale_at_mean)
         if self._memory is not None:
             self._memory.watch_flat(flat, w)
@@ -130,14 +137,19 @@ class LeanStep(NoiseSpace):
         priors = self._known.look_up(run, flat, signature_of_sites(run.nodes))
         loss = data_loss_of(run.nodes.values())
         if scale_at_mean and self._mean_gradient is not None:
-            linear = torch.dot(self._mean_gradient * e, flat.scale)
+            linear = (self._mean_gradient * e * flat.scale).sum()
             loss = loss + (linear - linear.detach())
         if isinstance(kl_weight, Tensor) or kl_weight != 0:
             loss = loss + weighted(kl_weight, self._kl(priors, run))
         return loss, run
 
+    def _noise(self, e: Tensor) -> Tensor:
+        return e.detach() if self._lead else e[0].detach()
+
     def _kl(self, priors: NormalPriors, run: Recorder) -> Any:
         terms = priors.kl(flat=self._flat)
+        if self._lead:
+            terms = [self.num_particles * term for term in terms]
         terms += [self._kl_of(name, run.values[name], prior) for name, prior in priors.others.items()]
         terms += [self._kl_of(name, run.values[name], prior) for name, prior in run.latents().items()]
         return reduce(operator.add, terms)
@@ -152,6 +164,7 @@ class LeanStep(NoiseSpace):
             stream = rewound(self._model_start)
         elif self._many_passes:
             self._model_start = RandomState.capture()
-        with stream, Recorder(self._flat.split(w), self._held, self._bookmarks, self._looked_at) as run:
+        values = self._flat.split(w, self._lead)
+        with stream, Recorder(values, self._held, self._bookmarks, self._looked_at, self._lead) as run:
             self._model(*self._args, **self._kwargs)
         return run

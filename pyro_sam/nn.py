@@ -95,7 +95,10 @@ class BayesianModule(PyroModule):
         net = _network(self)
         if self._is_fixed and (recorder := lone_recorder()) is not None:
             known = self._known(net, recorder)
-            return known.run(recorder.take(known.priors), args, kwargs)
+            weights = recorder.take(known.priors)
+            if recorder.lead:
+                return run(net, weights, len(recorder.lead), args, kwargs)
+            return known.run(weights, args, kwargs)
         weights = {}
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():

@@ -3,11 +3,12 @@
 Where nothing else listens, a module with many sites is served at one go (:func:`lone_recorder`), not by a message each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.plate_messenger import PlateMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
@@ -29,6 +30,7 @@ class Recorder(Messenger):
         held: Indices of subsampling plates. Filled by the first run, used by later ones.
         bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
         looked_at: What modules have found to be as it was, likewise.
+        lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
     Attributes:
         values: The values by site.
         nodes: The sites that sent a message, by name.
@@ -41,10 +43,11 @@ class Recorder(Messenger):
         held: dict[str, Tensor],
         bookmarks: dict[str, RandomState] | None,
         looked_at: set[Any],
+        lead: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.values, self._held, self._bookmarks = values, held, bookmarks
-        self.looked_at = looked_at
+        self.looked_at, self.lead = looked_at, lead
         self.nodes: dict[str, Any] = {}
         self.batches: list[Mapping[str, Any]] = []
 
@@ -98,11 +101,20 @@ def only_parameters_are_traced() -> bool:
 
 
 def lone_recorder() -> Recorder | None:
-    """Return the recorder that runs the present code, if nothing else listens but traces of parameters."""
-    if not _PYRO_STACK or type(_PYRO_STACK[-1]) is not Recorder:
+    """Return the recorder that runs the present code, if nothing else listens but traces of parameters.
+
+    The plate of an estimator's vectorised particles does not count.
+    """
+    if not _PYRO_STACK:
         return None
-    *others, recorder = listeners()
-    return recorder if all(map(_traces_parameters, others)) else None
+    *others, innermost = listeners()
+    if _is_plate_of_particles(innermost) and others:
+        *others, innermost = others
+    return innermost if type(innermost) is Recorder and all(map(_traces_parameters, others)) else None
+
+
+def _is_plate_of_particles(handler: Any) -> bool:
+    return isinstance(handler, PlateMessenger) and handler.name == "num_particles_vectorized"
 
 
 def _traces_parameters(handler: Any) -> bool:

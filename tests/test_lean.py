@@ -86,7 +86,7 @@ def by_hand() -> Model:
         tau = pyro.param("tau", torch.tensor(1.5), constraint=constraints.positive)
         more = pyro.sample("more", dist.Normal(0.0, tau).expand([2]).to_event(1))
         with pyro.plate("data", SIZE, subsample=torch.arange(len(x))), poutine.mask(mask=y < 2):
-            pyro.sample("obs", dist.Normal(x @ w + bias + heavy.sum() * more.sum(), 1.0), obs=y.to(x))
+            pyro.sample("obs", dist.Normal((x * w).sum(-1) + bias + heavy.sum(-1) * more.sum(-1), 1.0), obs=y.to(x))
         pyro.factor("penalty", -(bias**2))
 
     return model
@@ -174,6 +174,38 @@ def test_every_kind_of_model_gives_the_same_numbers(
 def test_every_setting_gives_the_same_numbers(settings: dict[str, Any], lean_losses: list[int]) -> None:
     assert_same(network, lambda: ps.SAM_ELBO(**{"perturbation": ps.MixSAM(0.5), **settings}))
     assert lean_losses
+
+
+VECTORISED: list[dict[str, Any]] = [
+    *({"perturbation": law} for law in LAWS),
+    {"perturbation": ps.MixSAM(0.5), "scope": "site", "kl_weight": 0.3},
+    {"perturbation": ps.MixSAM(0.5), "max_plate_nesting": 2},
+    {"perturbation": ps.Adversarial(0.5), "scale_gradient": "mean"},
+]
+
+
+@pytest.mark.parametrize("settings", VECTORISED, ids=repr)
+@pytest.mark.parametrize("make", [tied, by_hand])
+def test_vectorised_particles_give_the_same_numbers(
+    make: Callable[[], Model], settings: dict[str, Any], lean_losses: list[int]
+) -> None:
+    assert_same(make, lambda: ps.SAM_ELBO(**settings, num_particles=3, vectorize_particles=True))
+    assert len(lean_losses) == 6
+
+
+def test_vectorised_particles_under_another_prior_take_ordinary_steps(lean_losses: list[int]) -> None:
+    def make() -> Model:
+        bnn = ps.BayesianModule(nn.Linear(3, 2), dist.Laplace(0.0, 1.0))
+
+        def model(x: Tensor, y: Tensor) -> None:
+            logits = bnn(x)
+            with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+                pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+        return model
+
+    assert_same(make, lambda: ps.SAM_ELBO(ps.MixSAM(0.5), num_particles=3, vectorize_particles=True))
+    assert not lean_losses
 
 
 def test_a_fixed_scale_gives_the_same_numbers(lean_losses: list[int]) -> None:
