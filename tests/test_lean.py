@@ -304,6 +304,36 @@ def test_a_hierarchy_is_lean_where_the_kl_is_taken_at_the_sample(lean_losses: li
     assert len(lean_losses) == 6
 
 
+def noisy_hierarchy(x: Tensor, y: Tensor) -> None:
+    top = pyro.sample("top", dist.Normal(0.0, 1.0))
+    w = pyro.sample("w", dist.Normal(top, 1.0).expand([3]).to_event(1))
+    output = (nn.functional.dropout(x, 0.5) * w).sum(-1)
+    with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+        pyro.sample("obs", dist.Normal(output, 1.0), obs=y.to(x))
+
+
+def noisy_changes() -> Model:
+    count = [0]
+
+    def model(x: Tensor, y: Tensor) -> None:
+        count[0] += torch.is_grad_enabled()
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        output = (nn.functional.dropout(x, 0.5) * w).sum(-1)
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+            pyro.sample(f"obs_{count[0]}", dist.Normal(output, 1.0), obs=y.to(x))
+
+    return model
+
+
+@pytest.mark.parametrize("law", [ps.Gaussian(), ps.MixSAM(0.5), ps.AscendedSample(0.5)], ids=repr)
+@pytest.mark.parametrize("make", [lambda: noisy_hierarchy, noisy_changes], ids=["hierarchy", "changes"])
+def test_an_ordinary_step_after_all_has_its_own_random_numbers(
+    make: Callable[[], Model], law: ps.Perturbation, lean_losses: list[int]
+) -> None:
+    assert_same(make, lambda: ps.SAM_ELBO(law))
+    assert len(lean_losses) == (6 if make() is noisy_hierarchy and isinstance(law, ps.Gaussian) else 0)
+
+
 def test_a_guide_with_another_posterior_is_called(lean_losses: list[int]) -> None:
     model = tied()
     steps(model, Halved(model))
