@@ -297,7 +297,7 @@ def _compiled(graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
     # torch's own random numbers, so that a seed means the same as without compilation; where there are several threads
     # and draws of several kinds (dropout), its compiler may take them in another order all the same. Convolutions stay
     # in the layout of the network: another one slows down small ones.
-    options = {"fallback_random": True, "layout_optimization": False}
+    options: Any = {"fallback_random": True, "layout_optimization": False}
     compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
     return compiled
 

@@ -38,7 +38,7 @@ class FlatNormal:
     roots: Sequence[Tensor] = ()
 
     def split(self, vector: Tensor, lead: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Return a vector's parts by site, as views; of several vectors, with ``lead`` at the left of a site's shape."""
+        """Return a vector's parts by site, as views; of several vectors with ``lead`` at the left of a site's shape."""
         parts = torch.split_with_sizes(vector, self.sizes, -1)
         if not lead:
             return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
@@ -167,7 +167,8 @@ class FlatParameters:
 
     def __init__(self, sites: Mapping[str, tuple[Any, Any, str]], *, learn_scale: bool) -> None:
         self._sites = tuple(sites)
-        self._owners = [(modules[i], modules[2]) for i in (0, 1) for modules in sites.values()]
+        locs = [(module, leaf) for module, _, leaf in sites.values()]
+        self._owners = [*locs, *((module, leaf) for _, module, leaf in sites.values())]
         self._learn_scale = learn_scale
         # locs first, then scales: the names of those that are parameters, the tensors, and where they are in memory
         self._names: list[str] = []

@@ -446,7 +446,7 @@ def test_parameters_that_were_replaced_or_moved_are_the_ones_that_count(lean_los
 def test_an_empty_store_is_filled_again() -> None:
     model = tied()
     guide = ps.MeanFieldNormal(model)
-    svi, losses = steps(model, guide, 2)
+    svi, _ = steps(model, guide, 2)
     pyro.clear_param_store()
     svi.step(X, Y)
     assert len(pyro.get_param_store()) == 6
