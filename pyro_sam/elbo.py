@@ -6,6 +6,7 @@ The noise ``e`` is a constant of the outer gradient, which reaches loc and scale
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -266,8 +267,7 @@ class SAM_ELBO(ELBO):
                 "noise; use a guide that is called on its own, such as MeanFieldNormal."
             )
         pair = self._structures.of(model, guide)
-        make_step = partial(self._step, law, pair, model, guide, args, kwargs)
-        make_lean = None
+        run = _Run(law, pair, model, guide, args, kwargs)
         together = self.vectorize_particles and self.num_particles > 1
         if isinstance(guide, MeanFieldNormal):
             guide.initialize(*args, **kwargs)
@@ -275,72 +275,50 @@ class SAM_ELBO(ELBO):
             self._finite_max_plate_nesting(model, follow_minibatch(model, guide, args, kwargs), args, kwargs)
         # with sync_ascent no rank may take a pass that others do not
         ordinary = self.hide or self.sync_ascent or (together and self._memory is not None)
+        make_lean = None
         if isinstance(guide, MeanFieldNormal) and not ordinary and guide.can_be_flat():
-            make_lean = partial(self._lean_step, law, pair, model, guide, args, kwargs)
+            make_lean = partial(self._lean_step, run)
         at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
         for _ in range(1 if together else self.num_particles):
-            yield Particle(make_step, make_lean, pair, law, kl_weight, at_mean)
+            yield Particle(partial(self._step, run), make_lean, pair, law, kl_weight, at_mean)
 
-    def _step(
-        self,
-        law: Perturbation,
-        pair: Pair,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Step:
-        guide = follow_minibatch(model, guide, args, kwargs)
-        nesting = partial(self._finite_max_plate_nesting, model, guide, args, kwargs)
-        together = 1
-        if self.vectorize_particles and self.num_particles > 1:
-            nesting()
-            model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
-            together = self.num_particles
+    def _step(self, run: "_Run") -> Step:
+        guide = follow_minibatch(run.model, run.guide, run.args, run.kwargs)
+        nesting = partial(self._finite_max_plate_nesting, run.model, guide, run.args, run.kwargs)
+        together = self.num_particles if self.vectorize_particles else 1
         return Step(
-            model,
-            guide,
-            args,
-            kwargs,
+            self._vectorized_num_particles(run.model) if together > 1 else run.model,
+            self._vectorized_num_particles(guide) if together > 1 else guide,
+            run.args,
+            run.kwargs,
             num_particles=together,
-            law=law,
+            law=run.law,
             hidden=self._is_hidden,
             scope=self.scope,
-            memory=None if self._memory is None else self._memory.of(pair),
+            memory=None if self._memory is None else self._memory.of(run.pair),
             sync_ascent=self.sync_ascent,
-            trace_model=partial(pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
-            inspect=partial(self._inspect, pair),
-            is_new=not pair.valid,
-            noise_ends_there=pair.noise_ends_at_sites,
+            trace_model=partial(run.pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
+            inspect=partial(self._inspect, run.pair),
+            is_new=not run.pair.valid,
+            noise_ends_there=run.pair.noise_ends_at_sites,
         )
 
-    def _lean_step(
-        self,
-        law: Perturbation,
-        pair: Pair,
-        model: Callable[..., Any],
-        guide: MeanFieldNormal,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        graph: bool,
-    ) -> LeanStep | None:
+    def _lean_step(self, run: "_Run", graph: bool) -> LeanStep | None:
+        guide: Any = run.guide
         flat = guide.flat(graph=graph)
         if flat is None:
             return None
-        lead: tuple[int, ...] = ()
-        if self.vectorize_particles and self.num_particles > 1:
-            lead = (self.num_particles, *[1] * (int(self.max_plate_nesting) - 1))
-            model = self._vectorized_num_particles(model)
+        together = self.vectorize_particles and self.num_particles > 1
         return LeanStep(
             flat,
-            pair.known,
-            model,
-            args,
-            kwargs,
-            lead=lead,
-            law=law,
+            run.pair.known,
+            self._vectorized_num_particles(run.model) if together else run.model,
+            run.args,
+            run.kwargs,
+            lead=(self.num_particles, *[1] * (int(self.max_plate_nesting) - 1)) if together else (),
+            law=run.law,
             scope=self.scope,
-            memory=None if self._memory is None else self._memory.of(pair),
+            memory=None if self._memory is None else self._memory.of(run.pair),
             finish=partial(guide.hand_out, flat),
         )
 
@@ -351,6 +329,18 @@ class SAM_ELBO(ELBO):
             with kept_buffers():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
         return int(self.max_plate_nesting)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the passes of a particle have in common."""
+
+    law: Perturbation
+    pair: Pair
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def _check_ascent(

@@ -3,7 +3,8 @@
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from pyro_sam.flat import FlatNormal, NormalPriors, is_expanded
+from pyro_sam.flat import FlatNormal
+from pyro_sam.priors import NormalPriors, is_expanded
 from pyro_sam.record import Recorder, Surprise
 
 

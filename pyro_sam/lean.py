@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_sam.ascent import PreviousGradients
-from pyro_sam.flat import FlatNormal, NormalPriors
+from pyro_sam.flat import FlatNormal
 from pyro_sam.known import Known
 from pyro_sam.loss import data_loss_of, kl_of_site, weighted
 from pyro_sam.perturbation import NoiseSpace, Perturbation
+from pyro_sam.priors import NormalPriors
 from pyro_sam.record import Recorder
 from pyro_sam.rng import RandomState, rewound
 from pyro_sam.structure import signature_of_sites

@@ -2,9 +2,8 @@
 
 import copy
 import math
-import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
-from pyro_sam.particles import ParticlePlate, no_checkpointing, run
+from pyro_sam.particles import ParticlePlate, run
 from pyro_sam.record import Recorder, lone_recorder
 from pyro_sam.validation import positive
+from pyro_sam.weights import Weights
 
 
 class BayesianModule(PyroModule):
@@ -76,7 +76,7 @@ class BayesianModule(PyroModule):
         self.prior = dist.Normal(0.0, 1.0) if prior is None else prior
         self._hidden = _hidden_names(net, hide)
         self._priors: dict[Any, Any] = {}
-        self._weights: _Weights | None = None
+        self._weights: Weights | None = None
         if not self._prior_may_change():
             for name, parameter in net.named_parameters():
                 if name not in self._hidden:
@@ -133,12 +133,12 @@ class BayesianModule(PyroModule):
             del store[name]
         return pyro.param(name, parameter)
 
-    def _known(self, net: nn.Module, recorder: Recorder) -> "_Weights":
+    def _known(self, net: nn.Module, recorder: Recorder) -> "Weights":
         """Return the weights as they were found before, if nothing changed since."""
         known = self._weights
         if known is None or not (self in recorder.looked_at or known.are_current()):
             priors = {name: self._prior_of(name, parameter) for name, parameter in net.named_parameters()}
-            self._weights = known = _Weights(net, priors)
+            self._weights = known = Weights(net, priors)
         recorder.looked_at.add(self)
         return known
 
@@ -162,56 +162,6 @@ class BayesianModule(PyroModule):
         if not (self._prior_may_change() or any(learnable)):
             self._priors[key] = prior
         return prior
-
-
-class _Weights:
-    """The parameters of a network and their priors, found once: to walk through a network takes time.
-
-    Args:
-        net: The network.
-        priors: Priors by name.
-    """
-
-    def __init__(self, net: nn.Module, priors: dict[str, Any]) -> None:
-        self.priors = priors
-        self._net = net
-        self._modules = list(net.modules())
-        self._members = self._present()
-        self._parameters = list(net.parameters())
-        self._kinds = [(parameter.dtype, parameter.device) for parameter in self._parameters]
-        first = {parameter: name for name, parameter in net.named_parameters()}
-        # every place, so that tied parameters stay tied
-        self._places = [
-            (module._parameters, name, first[parameter])
-            for module in self._modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-
-    def are_current(self) -> bool:
-        """Return whether modules and parameters are what they were."""
-        present = self._present()
-        same = len(present) == len(self._members) and all(map(operator.is_, present, self._members))
-        return same and [(parameter.dtype, parameter.device) for parameter in self._parameters] == self._kinds
-
-    def run(self, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """Return the network's output with weights in the place of its parameters, which are not written to."""
-        before = [owner[name] for owner, name, _ in self._places]
-        try:
-            for owner, name, key in self._places:
-                owner[name] = weights[key]  # type: ignore[assignment]
-            with no_checkpointing():
-                return self._net(*args, **kwargs)
-        finally:
-            for (owner, name, _), parameter in zip(self._places, before, strict=True):
-                owner[name] = parameter
-
-    def _present(self) -> list[Any]:
-        present: list[Any] = []
-        for module in self._modules:
-            present += module._modules.values()
-            present += module._parameters.values()
-        return present
 
 
 @dataclass(frozen=True)

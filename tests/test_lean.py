@@ -17,9 +17,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import kl_divergence
 
 import pyro_sam as ps
-from pyro_sam.flat import FlatNormal, NormalPriors
+from pyro_sam.flat import FlatNormal
 from pyro_sam.known import Known
 from pyro_sam.lean import LeanStep
+from pyro_sam.priors import NormalPriors
 
 X, Y = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 2
 SIZE = 40
