@@ -161,9 +161,11 @@ class FlatParameters:
 
     def _detached(self) -> list[Tensor]:
         """Return loc and what scale is made of, without a graph; not copied if all is where it was in the beginning."""
-        if self._pointers and [*map(Tensor.data_ptr, self._tensors)] == self._pointers:
-            return [vector.detach() for vector in self._vectors]
         number = len(self._sites)
+        # not so after a move, nor after a copy or a pickle, which come with vectors of their own
+        in_place = self._pointers and [*map(Tensor.data_ptr, self._tensors)] == self._pointers
+        if in_place and [*map(Tensor.data_ptr, self._vectors)] == self._pointers[::number]:
+            return [vector.detach() for vector in self._vectors]
         with torch.no_grad():
             return [_join(group).detach() for group in (self._tensors[:number], self._tensors[number:])]
 

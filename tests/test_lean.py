@@ -1,5 +1,7 @@
 """Lean steps: the numbers of ordinary ones by a short way, and an ordinary step wherever the way is closed."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -91,6 +93,13 @@ def by_hand() -> Model:
         pyro.factor("penalty", -(bias**2))
 
     return model
+
+
+def plain(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3, 2), 1.0).to_event(2))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+        pyro.sample("obs", dist.Categorical(logits=x @ w + b), obs=y)
 
 
 MODELS: dict[str, Callable[[], Model]] = {
@@ -442,6 +451,21 @@ def test_parameters_that_were_replaced_or_moved_are_the_ones_that_count(lean_los
         assert found == pytest.approx(svi.loss_and_grads(model, guide, X, Y), rel=1e-10)
     svi.step(X, Y)
     assert lean_losses
+
+
+@pytest.mark.parametrize("changed", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g)), lambda g: g.float()])
+def test_a_guide_that_was_copied_stored_or_converted_trains_on(changed: Callable[[Any], Any]) -> None:
+    model = plain
+    guide = ps.MeanFieldNormal(model)
+    steps(model, guide, 2)
+    guide = changed(guide)
+    pyro.clear_param_store()
+    elbo, losses = ps.SAM_ELBO(ps.Adversarial(0.5)), []
+    x = X.to(guide.locs.get_parameter("w_unconstrained").dtype)
+    for context in (nullcontext(), only_ordinary()):
+        with context:
+            losses += [elbo.loss_and_grads(model, guide, x, Y) for _ in range(2)]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
 def test_an_empty_store_is_filled_again() -> None:
