@@ -33,13 +33,21 @@ def unit(v: Tensor, length: float = 1.0) -> Tensor:
     Returns:
         Tensor shaped like ``v``; NaN where ``v`` is not finite.
     """
-    if v.shape[-1] == 0:
-        return v
-    tiny = torch.finfo(v.dtype).tiny  # a zero vector is divided by it
-    v = v / v.abs().amax(-1, keepdim=True).clamp_min(tiny)
-    # the largest entry is 1 by now, so that only a zero vector has a norm below 1
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(math.sqrt(tiny))
+    v = _in_range(v)
+    norm = _norm(v)
     return v.div_(norm) if length == 1 else v.mul_(length / norm)
+
+
+def _in_range(v: Tensor) -> Tensor:
+    """Return ``v`` divided by its largest entry over the last dimension."""
+    if v.shape[-1] == 0:
+        return v.clone()
+    return v / v.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def _norm(v: Tensor) -> Tensor:
+    """Return the norm over the last dimension; of zero, a number that it can be divided by."""
+    return torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(math.sqrt(torch.finfo(v.dtype).tiny))
 
 
 class NoiseSpace(ABC):
@@ -293,10 +301,13 @@ class MixSAM(Perturbation):
         return space.map_groups(self._mix, u, z)
 
     def _mix(self, u: Tensor, z: Tensor) -> Tensor:
-        # divided by max(1, kappa), so that no kappa overflows
-        large = max(1.0, self.kappa)
-        v = unit(u, math.sqrt(u.shape[-1]) / large).add_(z, alpha=self.kappa / large)
-        return unit(v, math.sqrt(u.shape[-1]) if self.rho is None else self.rho)
+        u, length = _in_range(u), math.sqrt(u.shape[-1])
+        # divided by max(1, kappa), so that no kappa overflows; of moderate size, so that its norm needs no care
+        if self.kappa >= 1:
+            v = torch.addcmul(z, u, length / self.kappa / _norm(u))
+        else:
+            v = u.mul_(length / _norm(u)).add_(z, alpha=self.kappa)
+        return v.mul_((length if self.rho is None else self.rho) / _norm(v))
 
 
 @dataclass(frozen=True)

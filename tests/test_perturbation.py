@@ -131,6 +131,13 @@ def test_mixsam_without_kappa_is_adversarial_and_draws_nothing() -> None:
     assert torch.equal(ps.MixSAM(1.3, kappa=0.0).noise(QuadraticSpace(problem, z=None)), expected)
 
 
+@pytest.mark.parametrize("law", [ps.Adversarial(0.5), ps.MixSAM(0.5), ps.MixSAM(kappa=0.3)], ids=repr)
+def test_an_empty_site_has_empty_noise(law: ps.Perturbation) -> None:
+    problem = Quadratic.random()
+    space = QuadraticSpace(problem, torch.randn(5), sizes=[5, 0])
+    assert law.noise(space).shape == (1, 5)
+
+
 def test_mixsam_with_a_huge_kappa_is_a_random_direction() -> None:
     z = torch.randn(5)
     e = ps.MixSAM(2.0, kappa=1e300).noise(QuadraticSpace(Quadratic.random(), z))[0]
