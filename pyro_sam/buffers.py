@@ -1,6 +1,6 @@
 """Keep the buffers of every module that runs, such as BatchNorm's running statistics, as they were."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,37 +8,65 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
-@contextmanager
-def kept_buffers(*, on_error_only: bool = False) -> Iterator[Callable[[], None]]:
-    """Undo what the body does to the buffers of the modules that it calls; gives a function that does so early.
+class Buffers:
+    """The buffers of the modules that are called, as they were before.
 
     Modules are found as they are called, so a model may be any function, with modules anywhere in it.
-
-    Args:
-        on_error_only: Keep the body's changes unless it raises.
     """
-    before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
-    def save(module: nn.Module, args: Any) -> None:
+    def __init__(self) -> None:
+        self._before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._hook: Any = None
+
+    def watch(self) -> None:
+        """Look at modules that are called from now on."""
+        self._hook = register_module_forward_pre_hook(self._save)
+
+    def look_away(self) -> None:
+        """Look no more: torch calls modules faster that nobody watches."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def restore(self) -> None:
+        """Put back what the buffers were."""
+        for (module, name), (buffer, value) in self._before.items():
+            # through .data: a graph that saved the buffer must not take this for a change
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+    def _save(self, module: nn.Module, args: Any) -> None:
         for name, buffer in module._buffers.items():
-            if buffer is not None and (module, name) not in before:
-                before[module, name] = (buffer, buffer.detach().clone())
+            if buffer is not None and (module, name) not in self._before:
+                self._before[module, name] = (buffer, buffer.detach().clone())
 
-    hook = register_module_forward_pre_hook(save)
+
+@contextmanager
+def called_modules() -> Iterator[dict[nn.Module, None]]:
+    """Collect the modules that the body calls."""
+    modules: dict[nn.Module, None] = {}
+    hook = register_module_forward_pre_hook(lambda module, args: modules.update({module: None}))
     try:
-        yield lambda: _restore(before)
-    except BaseException:
-        _restore(before)
-        raise
-    else:
-        if not on_error_only:
-            _restore(before)
+        yield modules
     finally:
         hook.remove()
 
 
-def _restore(before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]) -> None:
-    for (module, name), (buffer, value) in before.items():
-        # through .data: a graph that saved the buffer must not take this for a change
-        buffer.data.copy_(value)
-        module._buffers[name] = buffer
+@contextmanager
+def kept_buffers(*, on_error_only: bool = False) -> Iterator[Buffers]:
+    """Undo what the body does to the buffers of the modules that it calls.
+
+    Args:
+        on_error_only: Keep the body's changes unless it raises.
+    """
+    buffers = Buffers()
+    buffers.watch()
+    try:
+        yield buffers
+    except BaseException:
+        buffers.restore()
+        raise
+    else:
+        if not on_error_only:
+            buffers.restore()
+    finally:
+        buffers.look_away()

@@ -7,8 +7,7 @@ the next replay. The data are its inputs. Passes that share random numbers share
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_sam.buffers import kept_buffers
+from pyro_sam.buffers import called_modules, kept_buffers
 from pyro_sam.record import Silence
 from pyro_sam.recurrent import with_recurrent_layers
 from pyro_sam.rng import RandomState, rewound
@@ -223,7 +221,7 @@ def capture(
         CannotCapture: If the step reads values of tensors, or a module replaces a buffer.
     """
     here = RandomState.capture()
-    with rewound(here), kept_buffers(), poutine.trace(param_only=True) as statements, _called() as modules:
+    with rewound(here), kept_buffers(), poutine.trace(param_only=True) as statements, called_modules() as modules:
         first()
     leaves: dict[str, Any] = {n: site["value"].unconstrained() for n, site in statements.trace.nodes.items()}  # type: ignore[union-attr]
     parameters = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -269,17 +267,6 @@ def _traced(whole: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Gra
         if isinstance(error, CannotCapture) or "tracing tensor" not in str(error):
             raise
         raise CannotCapture("its structure depends on the values of tensors") from error
-
-
-@contextmanager
-def _called() -> Iterator[dict[nn.Module, None]]:
-    """Collect the modules that the body calls."""
-    modules: dict[nn.Module, None] = {}
-    hook = register_module_forward_pre_hook(lambda module, args: modules.update({module: None}))
-    try:
-        yield modules
-    finally:
-        hook.remove()
 
 
 def _lean(graph: GraphModule) -> GraphModule:

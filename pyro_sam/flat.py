@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.distributions import transform_to
 
 from pyro_sam import checks
@@ -103,7 +104,7 @@ class FlatParameters:
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
         flat = FlatNormal(self._sites, self._shapes, self._sizes, loc, scale, roots)
         if handlers := listeners():
-            scales = flat.split(scale.detach()).values() if self._learn_scale else ()
+            scales = _unflatten_dense_tensors(scale.detach(), self._tensors[number:]) if self._learn_scale else ()
             self._state(handlers, [*self._tensors[:number], *scales])
         return flat
 
@@ -113,7 +114,8 @@ class FlatParameters:
         for tensors, root in zip((self._tensors[:number], self._tensors[number:]), flat.roots, strict=False):
             if root.grad is None:
                 continue
-            for tensor, part in zip(tensors, flat.split(root.grad).values(), strict=True):
+            # all views by one call
+            for tensor, part in zip(tensors, _unflatten_dense_tensors(root.grad, tensors), strict=True):
                 if tensor.requires_grad:
                     tensor.grad = part if tensor.grad is None else tensor.grad.add_(part)
 

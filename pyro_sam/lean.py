@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam.ascent import PreviousGradients
+from pyro_sam.buffers import Buffers
 from pyro_sam.flat import FlatNormal
 from pyro_sam.known import Known
 from pyro_sam.loss import data_loss_of, kl_of_site, weighted
@@ -40,7 +41,7 @@ class LeanStep(NoiseSpace):
         memory: Where the ascent gradient comes from, if not from a pass of its own.
         finish: What is to be called after the backward pass.
     Attributes:
-        restore_buffers: Puts back what a pass has done to buffers.
+        buffers: Watches the modules that are called, and puts back what a pass has done to their buffers.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class LeanStep(NoiseSpace):
         self._held: dict[str, Tensor] = {}
         self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
         self._model_start: RandomState | None = None
-        self.restore_buffers: Callable[[], None] = lambda: None
+        self.buffers = Buffers()
         self._looked_at: set[Any] = set()
         self._mean: Tensor | None = None
         self._mean_gradient: Tensor | None = None
@@ -101,7 +102,7 @@ class LeanStep(NoiseSpace):
                 (gradient,) = torch.autograd.grad(loss, [w], allow_unused=True)
             else:
                 gradient = None
-        self.restore_buffers()
+        self.buffers.restore()
         gradient = torch.zeros_like(w) if gradient is None else gradient
         if e is self._mean:
             self._mean_gradient = gradient
@@ -166,6 +167,6 @@ class LeanStep(NoiseSpace):
         elif self._many_passes:
             self._model_start = RandomState.capture()
         values = self._flat.split(w, self._lead)
-        with stream, Recorder(values, self._held, self._bookmarks, self._looked_at, self._lead) as run:
+        with stream, Recorder(values, self._held, self._bookmarks, self._looked_at, self.buffers, self._lead) as run:
             self._model(*self._args, **self._kwargs)
         return run

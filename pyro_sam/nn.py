@@ -98,7 +98,7 @@ class BayesianModule(PyroModule):
             weights = recorder.take(known.priors)
             if recorder.lead:
                 return run(net, weights, len(recorder.lead), args, kwargs)
-            return known.run(weights, args, kwargs)
+            return known.run(weights, recorder.buffers, args, kwargs)
         weights = {}
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():

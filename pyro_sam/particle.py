@@ -90,7 +90,7 @@ class Particle:
                 lean = self.make_lean(graph)
                 if lean is not None and known.is_any and self._kl_is_known:
                     try:
-                        with kept_buffers(on_error_only=True) as lean.restore_buffers:
+                        with kept_buffers(on_error_only=True) as lean.buffers:
                             return take(lean)
                     except Surprise:
                         start.restore()

@@ -24,7 +24,7 @@ class NormalPriors:
     def __init__(self, flat: FlatNormal, priors: Mapping[str, Any]) -> None:
         self.others: dict[str, Any] = {}
         self._ranges: list[tuple[int, int, float, float]] = []
-        self._versions: list[tuple[Tensor, int]] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}  # by place in memory: many priors are the same one
         start = 0
         for name, size in zip(flat.names, flat.sizes, strict=True):
             stop = start + size
@@ -34,7 +34,7 @@ class NormalPriors:
 
     def is_current(self) -> bool:
         """Return whether nobody has written to the priors' parameters."""
-        return all(tensor._version == version for tensor, version in self._versions)
+        return all(tensor._version == version for tensor, version in self._versions.values())
 
     def kl(self, flat: FlatNormal) -> list[Tensor]:
         """Return the terms of the KL that the sites with such priors have."""
@@ -51,7 +51,7 @@ class NormalPriors:
             self.others[name] = prior
             return
         loc, scale = numbers
-        self._versions += [(tensor, tensor._version) for tensor in numbers]
+        self._versions.update((tensor.data_ptr(), (tensor, tensor._version)) for tensor in numbers)
         here = (start, stop, float(loc), float(scale))
         if self._ranges and self._ranges[-1][1:] == (start, *here[2:]):
             here = (self._ranges.pop()[0], *here[1:])

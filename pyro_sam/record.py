@@ -14,6 +14,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_sam.buffers import Buffers
 from pyro_sam.noise import hold_subsample
 from pyro_sam.rng import RandomState
 
@@ -30,6 +31,7 @@ class Recorder(Messenger):
         held: Indices of subsampling plates. Filled by the first run, used by later ones.
         bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
         looked_at: What modules have found to be as it was, likewise.
+        buffers: Watches the modules that are called.
         lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
     Attributes:
         values: The values by site.
@@ -43,11 +45,12 @@ class Recorder(Messenger):
         held: dict[str, Tensor],
         bookmarks: dict[str, RandomState] | None,
         looked_at: set[Any],
+        buffers: Buffers,
         lead: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.values, self._held, self._bookmarks = values, held, bookmarks
-        self.looked_at, self.lead = looked_at, lead
+        self.looked_at, self.buffers, self.lead = looked_at, buffers, lead
         self.nodes: dict[str, Any] = {}
         self.batches: list[Mapping[str, Any]] = []
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_sam.buffers import Buffers, called_modules
 from pyro_sam.particles import no_checkpointing
 
 
@@ -20,6 +21,7 @@ class Weights:
     def __init__(self, net: nn.Module, priors: dict[str, Any]) -> None:
         self.priors = priors
         self._net = net
+        self._calls_others: bool | None = None  # such as modules in a list, which are not found in it
         self._modules = list(net.modules())
         self._members = self._present()
         self._parameters = list(net.parameters())
@@ -39,17 +41,35 @@ class Weights:
         same = len(present) == len(self._members) and all(map(operator.is_, present, self._members))
         return same and [(parameter.dtype, parameter.device) for parameter in self._parameters] == self._kinds
 
-    def run(self, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """Return the network's output with weights in the place of its parameters, which are not written to."""
+    def run(self, weights: Mapping[str, Tensor], buffers: Buffers, args: Any, kwargs: Any) -> Any:
+        """Return the network's output with weights in the place of its parameters, which are not written to.
+
+        Args:
+            weights: A weight per name.
+            buffers: Watches modules that are called; not these, where there is no buffer.
+            args: Positional arguments of the network.
+            kwargs: Keyword arguments of the network.
+        """
+        unwatched = self._calls_others is False and not any(module._buffers for module in self._modules)
         before = [owner[name] for owner, name, _ in self._places]
+        if unwatched:
+            buffers.look_away()
         try:
             for owner, name, key in self._places:
                 owner[name] = weights[key]  # type: ignore[assignment]
             with no_checkpointing():
-                return self._net(*args, **kwargs)
+                return self._net(*args, **kwargs) if unwatched else self._first_call(args, kwargs)
         finally:
             for (owner, name, _), parameter in zip(self._places, before, strict=True):
                 owner[name] = parameter
+            if unwatched:
+                buffers.watch()
+
+    def _first_call(self, args: Any, kwargs: Any) -> Any:
+        with called_modules() as called:
+            output = self._net(*args, **kwargs)
+        self._calls_others = not called.keys() <= set(self._modules)
+        return output
 
     def _present(self) -> list[Any]:
         present: list[Any] = []

@@ -574,6 +574,47 @@ def test_passes_leave_running_statistics_as_one_run_does() -> None:
     assert int(net[1].num_batches_tracked) == 4
 
 
+class Hidden(nn.Module):
+    """A network whose normalisation layer is not found among its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = nn.Linear(3, 4), [nn.BatchNorm1d(4, affine=False)]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rest[0](self.first(x))
+
+
+def test_running_statistics_out_of_sight_are_left_alone_too() -> None:
+    net = Hidden()
+    bnn = ps.BayesianModule(net)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    steps(model, ps.MeanFieldNormal(model), 4)
+    assert int(net.rest[0].num_batches_tracked) == 4
+
+
+def test_running_statistics_that_come_later_are_left_alone_too(lean_losses: list[int]) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 2))
+    bnn = ps.BayesianModule(net)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    svi, _ = steps(model, ps.MeanFieldNormal(model), 3)
+    net[1] = nn.BatchNorm1d(4, affine=False)
+    for _ in range(3):
+        svi.step(X, Y)
+    assert int(net[1].num_batches_tracked) == 3
+    assert len(lean_losses) == 6
+
+
 def test_a_structure_is_met_before_an_interruption_as_after_it() -> None:
     # a step's numbers do not depend on whether it is the first one of an estimator
     model = network()
