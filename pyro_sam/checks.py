@@ -117,10 +117,17 @@ def _is_real(support: Any) -> bool:
     return support is constraints.real
 
 
+def _is_plain_interval(constraint: Any) -> bool:
+    """Return whether a constraint is that of whole numbers between two numbers."""
+    if type(constraint) is not type(_INTEGERS):
+        return False
+    return not (isinstance(constraint.lower_bound, Tensor) or isinstance(constraint.upper_bound, Tensor))
+
+
 def _holds(constraint: Any, value: Any) -> Iterator[Tensor]:
     if constraint is None or constraints.is_dependent(constraint) or not isinstance(value, Tensor):
         return
-    if type(constraint) is type(_INTEGERS) and not (value.is_floating_point() or value.is_complex()) and value.numel():
+    if _is_plain_interval(constraint) and not (value.is_floating_point() or value.is_complex()) and value.numel():
         least, most = torch.aminmax(value)  # less to compute than for each
         yield (least >= constraint.lower_bound) & (most <= constraint.upper_bound)
     else:

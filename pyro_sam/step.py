@@ -204,12 +204,17 @@ class Step(NoiseSpace):
             return run, self._model_run(run) if with_model else None
 
     def check(self, e: Tensor | None) -> None:
-        """Run guide and model under torch's own checks of their distributions, which raise; at noise 0 for None."""
+        """Run guide and model under torch's own checks of their distributions, which raise; at noise 0 for None.
+
+        Noise that is not finite comes from bad values as well, so that the run at 0 comes first.
+        """
+        mean = self.zeros()  # finds the sites, if no pass has
+        noises = [mean] if e is None else [e] if bool(e.isfinite().all()) else [mean, e]
         with kept_buffers():
-            mean = self.zeros()  # finds the sites, if no pass has
-            run = self._rerun(self._per_site(mean if e is None else e))
-            for trace in (run.trace, self._model_run(run)):
-                trace.compute_log_prob()
+            for noise in noises:
+                run = self._rerun(self._per_site(noise))
+                for trace in (run.trace, self._model_run(run)):
+                    trace.compute_log_prob()
 
     # Passes
 

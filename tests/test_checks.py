@@ -10,9 +10,11 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import SGD, Adam
+from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
 import pyro_sam as ps
+from pyro_sam.checks import _holds
 
 LAWS = [ps.Gaussian(), ps.Mean(), ps.Adversarial(0.5), ps.MixSAM(0.5), ps.AscendedSample(0.5)]
 
@@ -165,3 +167,16 @@ def test_good_data_cost_no_run_more() -> None:
     runs[0] = 0
     elbo.loss_and_grads(model, guide, x, good)
     assert runs[0] == 2
+
+
+@pytest.mark.parametrize("value", [[0, 3], [-1, 2], [1, 4], [], [[2], [5]]], ids=str)
+@pytest.mark.parametrize("upper", [3, torch.tensor(3)], ids=["number", "tensor"])
+def test_whole_numbers_are_looked_at_as_torch_does(value: list[Any], upper: Any) -> None:
+    constraint, tensor = constraints.integer_interval(0, upper), torch.tensor(value, dtype=torch.long)
+    (found,) = _holds(constraint, tensor)
+    assert bool(found.all()) == bool(constraint.check(tensor).all())
+
+
+def test_whole_numbers_with_a_bound_each() -> None:
+    (found,) = _holds(constraints.integer_interval(0, torch.tensor([1, 5])), torch.tensor([1, 5]))
+    assert bool(found.all())

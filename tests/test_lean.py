@@ -574,6 +574,67 @@ def test_passes_leave_running_statistics_as_one_run_does() -> None:
     assert int(net[1].num_batches_tracked) == 4
 
 
+def test_modules_after_the_network_are_watched_again() -> None:
+    net, after = nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)
+    bnn = ps.BayesianModule(net)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = after(bnn(x))
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    weight, before = net.weight, net.weight.detach().clone()
+    steps(model, ps.MeanFieldNormal(model), 4)
+    assert int(after.num_batches_tracked) == 4
+    assert net.weight is weight
+    assert torch.equal(weight, before)
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity; on demand its gradient is infinite."""
+
+    is_bad = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> Tensor:
+        return outer * torch.inf if BadGradient.is_bad else outer
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_ascent_of_earlier_steps(lean_losses: list[int]) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Normal(x @ BadGradient.apply(w), 1.0), obs=y.to(x))
+
+    guide = ps.MeanFieldNormal(model)
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.5), ascent="previous")
+    averages = []
+    for bad in (False, True, False):
+        BadGradient.is_bad = bad
+        elbo.loss_and_grads(model, guide, X, Y)
+        averages.append(elbo.state_dict()["ascent"]["w"])
+    assert torch.equal(averages[0], averages[1])
+    assert not torch.equal(averages[1], averages[2])
+    assert len(lean_losses) == 3
+
+
+def test_a_masked_observation_is_looked_at_too() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", SIZE, subsample=torch.arange(len(x))), poutine.mask(mask=torch.arange(len(x)) > 0):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y.to(x))
+
+    svi, _ = steps(model, ps.MeanFieldNormal(model), 2)
+    y = Y.to(X)
+    y[0] = torch.nan
+    with pytest.raises(ValueError, match="support"):
+        svi.step(X, y)
+
+
 class Hidden(nn.Module):
     """A network whose normalisation layer is not found among its modules."""
 
