@@ -208,9 +208,9 @@ class Step(NoiseSpace):
 
         Noise that is not finite comes from bad values as well, so that the run at 0 comes first.
         """
-        mean = self.zeros()  # finds the sites, if no pass has
-        noises = [mean] if e is None else [e] if bool(e.isfinite().all()) else [mean, e]
         with kept_buffers():
+            mean = self.zeros()  # finds the sites, if no pass has
+            noises = [mean] if e is None else [e] if bool(e.isfinite().all()) else [mean, e]
             for noise in noises:
                 run = self._rerun(self._per_site(noise))
                 for trace in (run.trace, self._model_run(run)):
