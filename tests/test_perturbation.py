@@ -131,6 +131,11 @@ def test_mixsam_without_kappa_is_adversarial_and_draws_nothing() -> None:
     assert torch.equal(ps.MixSAM(1.3, kappa=0.0).noise(QuadraticSpace(problem, z=None)), expected)
 
 
+@pytest.mark.parametrize("length", [1.0, 10.0, 1e9])
+def test_a_zero_vector_has_no_direction_in_single_precision(length: float) -> None:
+    assert torch.equal(unit(torch.zeros(2, 7, dtype=torch.float32), length), torch.zeros(2, 7, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("law", [ps.Adversarial(0.5), ps.MixSAM(0.5), ps.MixSAM(kappa=0.3)], ids=repr)
 def test_an_empty_site_has_empty_noise(law: ps.Perturbation) -> None:
     problem = Quadratic.random()
