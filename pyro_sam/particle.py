@@ -94,7 +94,9 @@ class Particle:
                             return take(lean)
                     except Surprise:
                         start.restore()
-                if is_rehearsed or torch.is_inference_mode_enabled():
+                if torch.is_inference_mode_enabled():  # has no graph to find out from: it says nothing of the model
+                    break
+                if is_rehearsed:
                     known.lose_patience()
                     break
                 self._rehearse()

@@ -108,9 +108,10 @@ def lone_recorder() -> Recorder | None:
 
     The plate of an estimator's vectorised particles does not count.
     """
-    if not _PYRO_STACK:
+    heard_by = listeners()
+    if not heard_by:
         return None
-    *others, innermost = listeners()
+    *others, innermost = heard_by
     if _is_plate_of_particles(innermost) and others:
         *others, innermost = others
     return innermost if type(innermost) is Recorder and all(map(_traces_parameters, others)) else None

@@ -23,6 +23,7 @@ from pyro_sam.flat import FlatNormal
 from pyro_sam.known import Known
 from pyro_sam.lean import LeanStep
 from pyro_sam.priors import NormalPriors
+from pyro_sam.record import Silence
 
 X, Y = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 2
 SIZE = 40
@@ -687,6 +688,23 @@ def test_a_structure_is_met_before_an_interruption_as_after_it() -> None:
         pyro.set_rng_seed(5)
         losses.append(elbo.loss_and_grads(model, guide, X, Y))
     assert losses[0] == losses[1]
+
+
+def test_evaluations_in_inference_mode_leave_training_lean(lean_losses: list[int]) -> None:
+    model = tied()
+    svi, _ = steps(model, ps.MeanFieldNormal(model), 2)
+    with torch.inference_mode():
+        for _ in range(5):
+            svi.evaluate_loss(X[:7], Y[:7])  # of a size that no step has met
+    assert len(lean_losses) == 2
+    svi.step(X, Y)
+    assert len(lean_losses) == 3
+
+
+def test_a_network_hears_of_no_recorder_behind_silence() -> None:
+    bnn = ps.BayesianModule(nn.Linear(3, 2))
+    with poutine.trace(), Silence():
+        assert bnn(X).shape == (12, 2)
 
 
 def test_evaluation_in_inference_mode() -> None:
