@@ -2,7 +2,6 @@
 
 from pyro_sam import arviz, flatness, metrics, nn, optim, plots
 from pyro_sam.elbo import SAM_ELBO
-from pyro_sam.fit import fit
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.nn import BayesianModule
 from pyro_sam.perturbation import (
@@ -15,14 +14,16 @@ from pyro_sam.perturbation import (
     NoiseSpace,
     Perturbation,
 )
-from pyro_sam.predict import predict
-from pyro_sam.prediction import Prediction
+from pyro_sam.predictive import Prediction, predict
+from pyro_sam.training import Checkpoint, EarlyStopping, checkpoint, fit
 
 __all__ = [
     "SAM_ELBO",
     "Adversarial",
     "AscendedSample",
     "BayesianModule",
+    "Checkpoint",
+    "EarlyStopping",
     "Gaussian",
     "Mean",
     "MeanFieldNormal",
@@ -32,6 +33,7 @@ __all__ = [
     "Perturbation",
     "Prediction",
     "arviz",
+    "checkpoint",
     "fit",
     "flatness",
     "metrics",

@@ -10,10 +10,10 @@ import numpy as np
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sam.loss import latent_sites
-from pyro_sam.predict import check_pair, predict
-from pyro_sam.prediction import Prediction
-from pyro_sam.validation import positive_int
+from pyro_sam._base.arguments import positive_int
+from pyro_sam._step.loss import latent_sites
+from pyro_sam.predictive.prediction import Prediction
+from pyro_sam.predictive.streaming import check_pair, predict
 
 Groups = dict[str, dict[str, Any]]
 

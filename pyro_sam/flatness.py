@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sam.landscape import Landscape, Space
+from pyro_sam._base.arguments import non_negative, positive_int
 from pyro_sam.perturbation import unit
-from pyro_sam.validation import non_negative, positive_int
+from pyro_sam.predictive.landscape import Landscape, Space
 
 
 def sharpness(

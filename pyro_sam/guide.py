@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
-from pyro_sam import checks
-from pyro_sam.buffers import kept_buffers
-from pyro_sam.enumeration import is_marked
-from pyro_sam.explain import explained
-from pyro_sam.flat import FlatNormal, FlatParameters
-from pyro_sam.record import only_parameters_are_traced
-from pyro_sam.validation import flag, function
+from pyro_sam._base.arguments import flag, function
+from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.cures import explained
+from pyro_sam._flat.recorder import only_parameters_are_traced
+from pyro_sam._flat.vectors import FlatNormal, FlatParameters
+from pyro_sam._step import checks
+from pyro_sam._step.enumeration import is_marked
 
 
 def init_to_value_or_feasible(site: Any = None) -> Any:

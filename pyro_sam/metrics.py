@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_sam.explain import value_range
-from pyro_sam.noise import unwrap
-from pyro_sam.prediction import Prediction
-from pyro_sam.validation import finite, positive_int
+from pyro_sam._base.arguments import finite, positive_int
+from pyro_sam._base.cures import value_range
+from pyro_sam._step.sites import unwrap
+from pyro_sam.predictive.prediction import Prediction
 
 
 def accuracy(prediction: Prediction | Tensor, y: Tensor) -> float:

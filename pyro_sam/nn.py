@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
-from pyro_sam.particles import ParticlePlate, run
-from pyro_sam.record import Recorder, lone_recorder
-from pyro_sam.validation import positive
-from pyro_sam.weights import Weights
+from pyro_sam._base.arguments import positive
+from pyro_sam._base.vectorised import ParticlePlate, run
+from pyro_sam._flat.recorder import Recorder, lone_recorder
+from pyro_sam._flat.weights import Weights
 
 
 class BayesianModule(PyroModule):

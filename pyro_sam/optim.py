@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pyro_sam.rng import RandomState
-from pyro_sam.torch_optim import (
+from pyro_sam._base.arguments import positive
+from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.torch_optimisers import (
     can_fuse,
     check_constructor,
     check_scheduler,
@@ -24,7 +25,6 @@ from pyro_sam.torch_optim import (
     needs_closure,
     title,
 )
-from pyro_sam.validation import positive
 
 Interval = Literal["step", "epoch"]
 

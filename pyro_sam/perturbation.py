@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyro_sam.validation import finite, non_negative, one_of
+from pyro_sam._base.arguments import finite, non_negative, one_of
 
 Geometry = Literal["posterior", "euclidean", "adaptive", "fisher"]
 GEOMETRIES: tuple[str, ...] = ("posterior", "euclidean", "adaptive", "fisher")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sam.landscape import Landscape
+from pyro_sam._base.arguments import finite, positive, positive_int
 from pyro_sam.metrics import top_class
 from pyro_sam.perturbation import unit
-from pyro_sam.prediction import Prediction
-from pyro_sam.validation import finite, positive, positive_int
+from pyro_sam.predictive.landscape import Landscape
+from pyro_sam.predictive.prediction import Prediction
 
 
 def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] = ("loss",), *, ax: Any = None) -> Any:

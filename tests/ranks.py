@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_sam as ps
-from pyro_sam.checkpoint import Checkpoint
-from pyro_sam.distributed import average_gradients, mean_number
+from pyro_sam._base.ranks import average_gradients, mean_number
+from pyro_sam.training.checkpoint import Checkpoint
 
 N = 16
 

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import nn
 
 import pyro_sam as ps
-from pyro_sam import capture
+from pyro_sam._graph import capture
 
 X = torch.linspace(-1, 1, 24).reshape(12, 2).double()
 Y = (torch.sin(3 * X.sum(-1)) > 0).long()

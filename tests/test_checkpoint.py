@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from trainee import killed, train
 
-from pyro_sam import checkpoint
-from pyro_sam.checkpoint import FORMAT, MAGIC, CheckpointError, previous, random_states, read, read_last, write
+from pyro_sam.training import checkpoint
+from pyro_sam.training.checkpoint import FORMAT, MAGIC, CheckpointError, previous, random_states, read, read_last, write
 
 
 @pytest.fixture(autouse=True)

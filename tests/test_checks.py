@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
 import pyro_sam as ps
-from pyro_sam.checks import _holds
+from pyro_sam._step.checks import _holds
 
 LAWS = [ps.Gaussian(), ps.Mean(), ps.Adversarial(0.5), ps.MixSAM(0.5), ps.AscendedSample(0.5)]
 

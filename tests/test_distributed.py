@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import pyro_sam as ps
-from pyro_sam.distributed import average_gradients, mean_over_ranks
+from pyro_sam._base.ranks import average_gradients, mean_over_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 

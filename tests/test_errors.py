@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormalMe
 from pyro.optim import Adam
 
 import pyro_sam as ps
-from pyro_sam.structure import Structures
+from pyro_sam._step.knowledge import Structures
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 import pyro_sam as ps
-from pyro_sam.explain import Data, explained, find_cure
+from pyro_sam._base.cures import Data, explained, find_cure
 
 N, B, CLASSES = 60, 10, 3
 

@@ -21,10 +21,10 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
-from pyro_sam.checkpoint import Checkpoint, read
-from pyro_sam.fit import EarlyStopping
 from pyro_sam.optim import JointOptim
-from pyro_sam.training import Training
+from pyro_sam.training.checkpoint import Checkpoint, read
+from pyro_sam.training.fitting import EarlyStopping
+from pyro_sam.training.loop import Training
 
 N = 12
 

@@ -19,11 +19,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import kl_divergence
 
 import pyro_sam as ps
-from pyro_sam.flat import FlatNormal
-from pyro_sam.known import Known
-from pyro_sam.lean import LeanStep
-from pyro_sam.priors import NormalPriors
-from pyro_sam.record import Silence
+from pyro_sam._flat.known import Known
+from pyro_sam._flat.passes import LeanStep
+from pyro_sam._flat.priors import NormalPriors
+from pyro_sam._flat.recorder import Silence
+from pyro_sam._flat.vectors import FlatNormal
 
 X, Y = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 2
 SIZE = 40

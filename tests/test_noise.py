@@ -10,7 +10,7 @@ from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.transforms import AbsTransform, ExpTransform, StickBreakingTransform
 
-from pyro_sam.noise import is_discrete, noise_shape, place, standard_normal, why_not_gaussian
+from pyro_sam._step.sites import is_discrete, noise_shape, place, standard_normal, why_not_gaussian
 
 LOC, SCALE = torch.tensor([[0.1, -2.0, 3.0]]).double(), torch.tensor([[0.5], [2.0]]).double()
 TRIL = torch.tensor([[1.0, 0.0], [-0.7, 0.3]]).double()

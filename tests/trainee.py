@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import pyro_sam as ps
-from pyro_sam.checkpoint import Checkpoint
+from pyro_sam.training.checkpoint import Checkpoint
 
 
 class Jittered(Dataset[Any]):

@@ -1,0 +1,1 @@
+"""What everything else stands on: random streams, buffers, ranks, vectorised runs, checks of arguments."""

@@ -1,0 +1,1 @@
+"""The passes of a mean-field guide, as two vectors and one handler."""

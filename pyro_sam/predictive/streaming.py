@@ -1,0 +1,222 @@
+"""The posterior predictive, streamed: one posterior sample at a time, so that no stack of weights is ever held."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from pyro_sam._base.arguments import flag, function, positive_int
+from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.cures import explained
+from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._step.sites import ReplayMessenger
+from pyro_sam.predictive.prediction import Prediction, SampledLikelihood
+
+# the name that Predictive(parallel=True) gives its plate, so that BayesianModule knows it for the particles'
+_PLATE = "_num_predictive_samples"
+
+
+@explained
+@torch.no_grad()
+def predict(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 32,
+    batch_size: int | None = None,
+    site: str = "obs",
+    samples_at_once: int = 1,
+    progress: bool = False,
+) -> Prediction:
+    """Return the posterior predictive of a model at new data.
+
+    The guide is sampled ``num_samples`` times and the model run at each sample, unconditioned. Only the likelihoods
+    are kept, not the weights: memory grows with ``num_samples`` times the outputs. Modules run in the mode that they
+    are in, so call ``net.eval()`` first where there is dropout or BatchNorm; buffers stay as they are.
+
+    Args:
+        model: Pyro model; called with ``args``, so without the observations.
+        guide: Its guide.
+        *args: Arguments of both, also lists, tuples or dicts of tensors. The first tensor is data, rows along the first
+            dimension; every tensor with as many rows is data too.
+        num_samples: Number of posterior samples, at least 1.
+        batch_size: Number of rows per run; None for all at once. Every batch sees the same posterior samples.
+        site: Name of the observed site.
+        samples_at_once: Number of posterior samples that run together, in a plate left of all others; more than 1 is
+            faster for small networks, and needs memory for that many copies of the weights. A
+            :class:`~pyro_sam.BayesianModule` is mapped over them by ``torch.func.vmap``; a model written by hand must
+            broadcast, as for ``pyro.infer.Predictive(parallel=True)``.
+        progress: Whether to show a progress bar; needs tqdm.
+    Returns:
+        The mixture of the likelihoods.
+    Raises:
+        ValueError: If a number is not positive, the model has no such site, the site has no batch dimension, or a
+            latent is missing from the guide.
+        ImportError: If ``progress`` is asked for without tqdm.
+    """
+    positive_int("num_samples", num_samples)
+    positive_int("samples_at_once", samples_at_once)
+    flag("progress", progress)
+    if batch_size is not None:
+        positive_int("batch_size", batch_size)
+    check_pair(model, guide)
+    batches = list(_batches(args, batch_size))
+    with kept_buffers():
+        plan = _Plan.of(model, guide, batches[0], site)
+        found: list[list[SampledLikelihood]] = [[] for _ in batches]
+        for size in _shown(_sizes(num_samples, samples_at_once), progress):
+            for parts, fn in zip(found, plan.likelihoods(model, guide, batches, size), strict=True):
+                parts.append(SampledLikelihood(fn, size, plan.batch_dim))
+    return Prediction(found, plan.data_dim)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a first run tells: where the data points lie, and which guide sites are theirs.
+
+    Args:
+        site: Name of the observed site.
+        free: It, and the names of other sites of single data points that the guide does not have: they were observed
+            while training.
+        batch_dim: Number of the observed site's batch dimensions.
+        data_dim: The one that the data points lie along.
+        nesting: Number of dimensions that plates take.
+        shared: Names of the guide's sites that do not belong to single data points.
+        is_local: Whether the guide has others.
+    """
+
+    site: str
+    free: frozenset[str]
+    batch_dim: int
+    data_dim: int
+    nesting: int
+    shared: frozenset[str]
+    is_local: bool
+
+    @classmethod
+    def of(cls, model: Callable[..., Any], guide: Callable[..., Any], batch: Any, site: str) -> "_Plan":
+        with rewound(RandomState.capture()):
+            values = poutine.trace(guide).get_trace(*batch)
+            trace = poutine.trace(poutine.replay(model, trace=values)).get_trace(*batch)
+        _check_site(trace, site)
+        frames = {name: [f for f in node["cond_indep_stack"] if f.vectorized] for name, node in _sites(trace)}
+        guides = {name: [f for f in node["cond_indep_stack"] if f.vectorized] for name, node in _sites(values)}
+        rows = _rows(batch)
+        # a model without plates has its data along the last dimension
+        data_dim, plate = max([(f.dim, f.name) for f in frames[site] if f.size == rows], default=(-1, None))
+        shared = frozenset(name for name, within in guides.items() if plate not in [f.name for f in within])
+        fn: Any = trace.nodes[site]["fn"]
+        batch_dim = len(fn.batch_shape)
+        return cls(
+            site=site,
+            free=frozenset(name for name, within in frames.items() if within and name not in guides) | {site},
+            batch_dim=batch_dim,
+            data_dim=data_dim,
+            nesting=max([batch_dim, *(-f.dim for within in (*frames.values(), *guides.values()) for f in within)]),
+            shared=shared,
+            is_local=len(shared) < len(guides),
+        )
+
+    def likelihoods(
+        self, model: Callable[..., Any], guide: Callable[..., Any], batches: list[Any], size: int | None
+    ) -> Iterator[Any]:
+        """Draw posterior samples, one or ``size`` at once, and yield the likelihood of each batch."""
+
+        def plate() -> Any:
+            return nullcontext() if size is None else pyro.plate(_PLATE, size, dim=-1 - self.nesting)
+
+        with plate():
+            values = poutine.trace(guide).get_trace(*batches[0])
+        shared = values.copy()
+        for name in set(values.nodes) - self.shared:
+            shared.remove_node(name)
+        # back to here after the batches, so that the samples do not depend on batch_size
+        with rewound(RandomState.capture()):
+            for number, batch in enumerate(batches):
+                if number and self.is_local:
+                    with plate(), poutine.replay(trace=shared):
+                        values = poutine.trace(guide).get_trace(*batch)
+                with plate(), ReplayMessenger(values.nodes, {}, free=self.free):
+                    trace = poutine.trace(model).get_trace(*batch)
+                yield trace.nodes[self.site]["fn"]
+
+
+def _sites(trace: Trace) -> Iterator[tuple[str, Any]]:
+    return (
+        (name, node) for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)
+    )
+
+
+def _check_site(trace: Trace, site: str) -> None:
+    names = [name for name, _ in _sites(trace)]
+    if not isinstance(site, str) or site not in names:
+        raise ValueError(
+            f"site must be a site of the model, got site={site!r}; the model's sites are {', '.join(names)}."
+        )
+    fn: Any = trace.nodes[site]["fn"]
+    if not fn.batch_shape:
+        raise ValueError(
+            f"site '{site}' has no batch dimension to tell data points apart (its event shape is "
+            f"{tuple(fn.event_shape)}). Sample it inside pyro.plate, without to_event over the data."
+        )
+
+
+def _rows(args: Any) -> int | None:
+    """Return the number of rows of the first tensor in the arguments."""
+    tensors = (leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor) and leaf.dim())
+    return next((len(tensor) for tensor in tensors), None)
+
+
+def _batches(args: tuple[Any, ...], batch_size: int | None) -> Iterator[Any]:
+    rows = _rows(args)
+    if batch_size is None or rows is None or rows <= batch_size:
+        yield args
+        return
+
+    def is_data(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == rows
+
+    for start in range(0, rows, batch_size):
+        rows_now = slice(start, start + batch_size)
+        yield tree_map(lambda leaf, now=rows_now: leaf[now] if is_data(leaf) else leaf, args)
+
+
+def _sizes(num_samples: int, at_once: int) -> list[int | None]:
+    if at_once == 1:
+        return [None] * num_samples
+    return [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
+
+
+def _shown(sizes: list[int | None], progress: bool) -> Iterable[int | None]:
+    if not progress:
+        return sizes
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install pyro-sam[progress]") from error
+    return tqdm(sizes, desc="predict", unit="run")
+
+
+def check_pair(model: Any, guide: Any) -> None:
+    """Check what is asked of the posterior of a trained guide.
+
+    Raises:
+        ValueError: If model or guide cannot be called, or the guide has no parameters yet.
+    """
+    function("model", model, "a Pyro model")
+    function("guide", guide, "a Pyro guide")
+    guide = poutine.unwrap(guide)
+    if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", True) is None:
+        raise ValueError(
+            f"guide {type(guide).__name__} has no parameters yet, and without observations it would take the observed "
+            "site for a latent. Train it first, or call it once with the observations too: guide(x, y)."
+        )
