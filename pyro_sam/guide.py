@@ -24,7 +24,6 @@ from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
-from pyro_sam._step import checks
 from pyro_sam._step.enumeration import is_marked
 
 
@@ -219,7 +218,7 @@ class MeanFieldNormal(AutoNormal):
         if not self.learn_scale:
             scale = pyro.subsample(scale, event_dim=event_dim)
         # scale is positive by its constraint, and a loc that is not finite shows in the loss
-        normal = checks.trust(dist.Normal(loc, scale, validate_args=False))
+        normal = dist.Normal(loc, scale, validate_args=False)
         if transform is None:
             return normal.to_event(event_dim)
         outer = 0

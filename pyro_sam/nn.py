@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
 from pyro_sam._base.arguments import positive
+from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._base.vectorised import ParticlePlate, run
 from pyro_sam._flat.recorder import Recorder, lone_recorder
 from pyro_sam._flat.weights import Weights
@@ -66,17 +67,29 @@ class BayesianModule(PyroModule):
         hide: str | Iterable[str] | Callable[[str], bool] = (),
     ) -> None:
         super().__init__()
-        _check_net(net)
-        if isinstance(prior, type) or not (prior is None or isinstance(prior, Distribution) or callable(prior)):
-            raise ValueError(
-                "prior must be a distribution such as pyro.distributions.Normal(0.0, 1.0), or a callable from name and "
-                f"parameter to one, got prior={prior!r}."
-            )
         self.net = net
         self.prior = dist.Normal(0.0, 1.0) if prior is None else prior
-        self._hidden = _hidden_names(net, hide)
+        self._hide = hide
+        self._met: Any = None
+        self._meet()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; another network or prior is checked as in the beginning."""
+        if name == "net":
+            _check_net(value)
+        elif name == "prior":
+            _check_prior(value)
+        super().__setattr__(name, value)
+
+    def _meet(self) -> None:
+        """Take in the network and the prior, where one of them is another one than before, or the prior was edited."""
+        net = _network(self)
+        if self._met is not None and self._met.is_same(net, self.prior):
+            return
+        self._hidden = _hidden_names(net, self._hide)
         self._priors: dict[Any, Any] = {}
         self._weights: Weights | None = None
+        self._met = _Met(net, self.prior)
         if not self._prior_may_change():
             for name, parameter in net.named_parameters():
                 if name not in self._hidden:
@@ -86,6 +99,7 @@ class BayesianModule(PyroModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`forward`."""
+        self._meet()
         if self._is_fixed and type(self).forward is BayesianModule.forward and lone_recorder() is not None:
             return nn.Module.__call__(self, *args, **kwargs)  # nothing in it needs a PyroModule's context
         return super().__call__(*args, **kwargs)
@@ -154,7 +168,10 @@ class BayesianModule(PyroModule):
 
         def place(tensor: Tensor) -> Tensor:
             learnable.append(tensor.requires_grad)
-            return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
+            placed = tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
+            if placed is not tensor:
+                self._met.note_copy(tensor)
+            return placed
 
         # what is kept must not be an inference tensor, which no later graph could hold
         with torch.inference_mode(False):
@@ -162,6 +179,32 @@ class BayesianModule(PyroModule):
         if not (self._prior_may_change() or any(learnable)):
             self._priors[key] = prior
         return prior
+
+
+class _Met:
+    """The network and the prior that a module's priors were made from.
+
+    Args:
+        net: The network.
+        prior: The prior.
+    """
+
+    def __init__(self, net: nn.Module, prior: Any) -> None:
+        self._net, self._prior, self._seen = net, prior, Surroundings(prior)
+        self._copied: list[tuple[Tensor, Tensor]] = []  # what a copy was made of, and its value then
+
+    def note_copy(self, tensor: Tensor) -> None:
+        """Note a tensor whose copy a prior holds, so that what is written to it later is seen."""
+        if not any(known is tensor for known, _ in self._copied):
+            self._copied.append((tensor, tensor.detach().clone()))
+
+    def is_same(self, net: nn.Module, prior: Any) -> bool:
+        """Return whether all of it is as it was."""
+        if net is not self._net or prior is not self._prior:
+            return False
+        if not isinstance(prior, Distribution):  # called at every run, or constant
+            return True
+        return self._seen.is_same() and all(tensor.is_meta or torch.equal(tensor, was) for tensor, was in self._copied)
 
 
 @dataclass(frozen=True)
@@ -246,6 +289,14 @@ def _check_net(net: nn.Module) -> None:
     lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"net must know the shapes of its parameters, {lazy} are lazy: run net on one batch first.")
+
+
+def _check_prior(prior: Any) -> None:
+    if isinstance(prior, type) or not (isinstance(prior, Distribution) or callable(prior)):
+        raise ValueError(
+            "prior must be a distribution such as pyro.distributions.Normal(0.0, 1.0), or a callable from name and "
+            f"parameter to one, got prior={prior!r}."
+        )
 
 
 def _hidden_names(net: nn.Module, hide: str | Iterable[str] | Callable[[str], bool]) -> frozenset[str]:

@@ -1,8 +1,9 @@
 r"""One torch optimiser for all parameters of an SVI, where Pyro keeps one for each."""
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -24,6 +25,7 @@ from pyro_sam._base.torch_optimisers import (
     make_scheduler,
     needs_closure,
     title,
+    unchanged_on_error,
 )
 
 Interval = Literal["step", "epoch"]
@@ -115,34 +117,66 @@ class JointOptim(PyroOptim):
     def minimize(self, svi: Any, *args: Any, **kwargs: Any) -> float:
         """Take the place of ``svi.step(*args, **kwargs)`` for an optimiser that needs a closure.
 
-        All evaluations of one step see the same noise, so that a line search compares like with like.
+        All evaluations of one step see the same noise, so that a line search compares like with like. As ``svi.step``
+        it knows nothing of other processes; :func:`pyro_sam.fit` averages every evaluation over them.
+
+        Returns:
+            The loss before the step.
+        Raises:
+            FloatingPointError: If a loss or a gradient is not finite; parameters and the optimiser's state are those
+                before the step.
+        """
+
+        def evaluate() -> tuple[Any, dict[str, Tensor]]:
+            with poutine.trace(param_only=True) as capture:
+                loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
+            sites: Any = capture.trace.nodes.items()
+            params = {name: site["value"].unconstrained() for name, site in sites}
+            norm = float(clip_grad_norm_(params.values(), math.inf))  # changes nothing
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                for param in params.values():
+                    param.grad = None
+                raise FloatingPointError(
+                    f"the loss is {float(loss):g} and its gradient's norm {norm:g}. The parameters are those before "
+                    "this step. Try a lower learning rate or clip_norm."
+                )
+            return loss, params
+
+        return self.descend(evaluate)
+
+    def descend(self, evaluate: Callable[[], tuple[Any, Mapping[str, Tensor]]]) -> float:
+        """Do what :meth:`minimize` does with a function that takes the place of ``svi.loss_and_grads``.
+
+        Args:
+            evaluate: Returns a loss, and by name the parameters whose gradients it has left in ``.grad``. Where it
+                raises, the step ends with parameters and the optimiser's state as they were before.
 
         Returns:
             The loss before the step.
         """
-        start, first = RandomState.capture(), None
+        start = RandomState.capture()
 
-        def evaluate() -> tuple[Any, set[Tensor]]:
+        def again() -> Any:
             start.restore()
             for param in self._params:
                 param.grad = None
-            with poutine.trace(param_only=True) as capture:
-                loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
-            sites: Any = capture.trace.nodes.values()
-            return loss, {site["value"].unconstrained() for site in sites}
+            return evaluate()
+
+        loss, named = again()
+        before, waiting = float(loss), [loss]  # the optimiser begins where the parameters were found
+        self.name_parameters((name, param) for name, param in named.items() if param not in self.optim_objs)
+        params = set(named.values())
+        self._meet(params)
 
         def closure() -> Any:
-            nonlocal first
-            if first is not None:  # the optimiser begins where the parameters were found
-                loss, first = first, None
-                return loss
-            loss, _ = evaluate()
+            if waiting:
+                return waiting.pop()
+            loss, _ = again()
             self._clip()
             return loss
 
-        first, params = evaluate()
-        before = float(first)
-        self(params, closure)
+        with unchanged_on_error(self.optimizer):
+            self(params, closure)
         return before
 
     def step(self, *args: Any, **kwargs: Any) -> None:

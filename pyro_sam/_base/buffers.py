@@ -1,6 +1,6 @@
 """Keep the buffers of every module that runs, such as BatchNorm's running statistics, as they were."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,17 +9,23 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class Buffers:
-    """The buffers of the modules that are called, as they were before.
+    """The buffers of modules, as they were before.
 
     Modules are found as they are called, so a model may be any function, with modules anywhere in it.
+
+    Args:
+        modules: Modules whose buffers may change though they are not called, as by another method of theirs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._modules = [module for module in modules if module._buffers]
         self._hook: Any = None
 
     def watch(self) -> None:
         """Look at modules that are called from now on."""
+        for module in self._modules:
+            self._save(module, ())
         self._hook = register_module_forward_pre_hook(self._save)
 
     def look_away(self) -> None:
@@ -52,13 +58,14 @@ def called_modules() -> Iterator[dict[nn.Module, None]]:
 
 
 @contextmanager
-def kept_buffers(*, on_error_only: bool = False) -> Iterator[Buffers]:
+def kept_buffers(modules: Iterable[nn.Module] = (), *, on_error_only: bool = False) -> Iterator[Buffers]:
     """Undo what the body does to the buffers of the modules that it calls.
 
     Args:
+        modules: Modules to keep as well though they are not called.
         on_error_only: Keep the body's changes unless it raises.
     """
-    buffers = Buffers()
+    buffers = Buffers(modules)
     buffers.watch()
     try:
         yield buffers

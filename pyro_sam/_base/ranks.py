@@ -38,7 +38,14 @@ def average_gradients(params: Sequence[Tensor]) -> None:
 
 def mean_number(value: float) -> float:
     """Return the mean of all ranks' numbers."""
-    return float(mean_over_ranks(torch.tensor(value, dtype=torch.float64))) if is_on() else value
+    if not is_on():
+        return value
+    return float(mean_over_ranks(torch.tensor(value, dtype=torch.float64, device=number_device())))
+
+
+def number_device() -> torch.device:
+    """Return a device from which numbers can be sent; nccl sends from GPUs only."""
+    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
 
 
 def broadcast(tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,9 @@
-"""Make torch's optimisers and schedulers from what users give, with errors that say what is wrong with it."""
+"""Torch's optimisers and schedulers: made from what users give, with errors that say what is wrong; kept on errors."""
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,23 @@ def can_fuse(constructor: Callable[..., Optimizer], args: dict[str, Any], param:
     except RuntimeError:  # no such kernel for this device or dtype; some versions of torch say so at a step only
         return False
     return True
+
+
+@contextmanager
+def unchanged_on_error(optimizer: Any) -> Iterator[None]:
+    """Put a torch optimiser's parameters and state back to what they were, without gradients, if the body raises."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    values = [param.detach().clone() for param in params]
+    states = {param: copy.deepcopy(state) for param, state in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        for param, value in zip(params, values, strict=True):
+            param.data.copy_(value)
+            param.grad = None
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        raise
 
 
 def title(constructor: Any) -> str:

@@ -1,44 +1,50 @@
-r"""The step of a mean-field guide whose structure is known: the same numbers by a short way.
+r"""The passes of a mean-field guide whose model is known: the same numbers as the ordinary ones, by a short way.
 
 The guide is not run: its parameters are two vectors, the noise is a third one. The model runs under one handler that
-hands out the vector's parts. Nothing is traced, and what an ordinary step has checked is not checked again. A run that
-differs from what is known ends in :class:`Surprise`, and the step is taken in the ordinary way.
+hands out the values. Nothing is traced, and what an ordinary run has checked is not checked again. A run that differs
+from what is known ends in :class:`Surprise`, and the step is taken in the ordinary way.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_sam._base.buffers import Buffers
 from pyro_sam._base.random_state import RandomState, rewound
-from pyro_sam._flat.known import Known
+from pyro_sam._flat.place import Place, Where
 from pyro_sam._flat.priors import NormalPriors
-from pyro_sam._flat.recorder import Recorder
+from pyro_sam._flat.recorder import Recorder, Surprise
 from pyro_sam._flat.vectors import FlatNormal
-from pyro_sam._step.knowledge import signature_of_sites
-from pyro_sam._step.loss import data_loss_of, kl_of_site, weighted
-from pyro_sam._step.memory import PreviousGradients
-from pyro_sam.perturbation import NoiseSpace, Perturbation
+from pyro_sam._step.call import Call
+from pyro_sam._step.dependence import reaches, tensors_of
+from pyro_sam._step.handlers import Bookmarks
+from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.loss import closed_form, data_loss_of, kl_of_site
+from pyro_sam._step.memory import Layout
+from pyro_sam._step.mistakes import check_shapes, warn_of_sizes
+from pyro_sam._step.passes import Dependence, Loss, Passes, Ran
+from pyro_sam._step.settings import Settings
+from pyro_sam._step.signatures import kind_of_sites, signature_of_sites
+from pyro_sam.perturbation import Perturbation
 
 
-class LeanStep(NoiseSpace):
-    """One step of one particle.
+class FlatPasses(Passes):
+    """The passes of one step of a mean-field guide.
 
     Args:
+        call: The model, inside its particle plate where particles are vectorised, and its arguments.
         flat: The guide's sites.
-        known: What is known of the model.
-        model: Called with ``args`` and ``kwargs``.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
+        pair: What is known of model and guide.
+        settings: The estimator's settings.
         law: The law that will choose the noise.
-        scope: What one norm runs over.
-        memory: Where the ascent gradient comes from, if not from a pass of its own.
+        lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
         finish: What is to be called after the backward pass.
     Attributes:
         buffers: Watches the modules that are called, and puts back what a pass has done to their buffers.
@@ -46,127 +52,203 @@ class LeanStep(NoiseSpace):
 
     def __init__(
         self,
+        call: Call,
         flat: FlatNormal,
-        known: Known,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        lead: Sequence[int],
+        pair: Pair,
+        settings: Settings,
         law: Perturbation,
-        scope: str,
-        memory: PreviousGradients | None,
+        lead: Sequence[int],
         finish: Callable[[], None],
     ) -> None:
-        super().__init__(lead[0] if lead else 1)
-        self._lead = lead
-        self._flat, self._known = flat, known
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._scope, self.finish = scope, finish
-        self._memory = memory if law.uses_gradient else None
-        self._many_passes = law.uses_gradient and memory is None
+        self._call, self._pair, self._settings, self._lead = call, pair, settings, tuple(lead)
+        self.flat, self.finish = flat, finish  # type: ignore[method-assign]
+        many_passes = law.uses_gradient and settings.ascent != "previous"
+        self._many_passes = many_passes
         self._held: dict[str, Tensor] = {}
-        self._bookmarks: dict[str, RandomState] | None = {} if self._many_passes else None
+        self._bookmarks = Bookmarks(call.streams) if many_passes else None
         self._model_start: RandomState | None = None
-        self.buffers = Buffers()
+        self.buffers = Buffers(call.modules)
         self._looked_at: set[Any] = set()
-        self._mean: Tensor | None = None
-        self._mean_gradient: Tensor | None = None
+        self._shapes = tuple(torch.Size((*self._lead, *shape)) for shape in flat.shapes)
+
+    @property
+    def num_particles(self) -> int:
+        """Number of vectorised particles."""
+        return self._lead[0] if self._lead else 1
+
+    def layout(self) -> Layout:
+        """Return the perturbed sites."""
+        return Layout(self.flat.names, self._shapes, self.num_particles)
+
+    def group_sizes(self) -> Sequence[int]:
+        """Return the sizes of the sites, none of which is in a plate."""
+        return self.flat.sizes
 
     def zeros(self) -> Tensor:
         """Return the noise of the guide's mean."""
-        if self._mean is None:
-            self._mean = self._flat.loc.new_zeros(self.num_particles, len(self._flat.loc))
-        return self._mean
+        return self.flat.loc.new_zeros(self.num_particles, len(self.flat.loc))
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise, site by site as the guide would."""
-        e = torch.empty_like(self._flat.loc)
-        if self._lead:
-            like = {name: part.expand(*self._lead, *part.shape) for name, part in self._flat.split(e).items()}
-            return torch.cat([torch.randn_like(part).view(self.num_particles, -1) for part in like.values()], -1)
-        for part in self._flat.split(e).values():
-            part.normal_()
-        return e.unsqueeze(0)
-
-    def gradient(self, e: Tensor) -> Tensor:
-        """Return the data term's gradient at noise ``e``; or what is remembered of earlier steps."""
-        flat = self._flat
-        if self._memory is not None:
-            return self._memory.recall_flat(flat).unsqueeze(0)
-        with torch.enable_grad():
-            mean = flat.loc.expand_as(e) if self._lead else flat.loc
-            w = (mean if e is self._mean else flat.at(self._noise(e))).detach().requires_grad_()
-            loss = data_loss_of(self._run(w).nodes.values())
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                (gradient,) = torch.autograd.grad(loss, [w], allow_unused=True)
-            else:
-                gradient = None
-        self.buffers.restore()
-        gradient = torch.zeros_like(w) if gradient is None else gradient
-        if e is self._mean:
-            self._mean_gradient = gradient
-        return (gradient * flat.scale.detach()).view_as(e)
+        e = torch.empty_like(self.flat.loc).expand(self.num_particles, -1).contiguous().detach()
+        parts = e.split(self.flat.sizes, -1)
+        if not self._lead:
+            for part in parts:
+                part.normal_()
+            return e
+        for part, shape in zip(parts, self._shapes, strict=True):
+            part.copy_(torch.randn(shape, dtype=e.dtype, device=e.device).view(part.shape))
+        return e
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations."""
-        shape = self.num_particles, len(self._flat.loc)
-        return self._flat.loc.detach().expand(shape), self._flat.scale.detach().expand(shape)
+        shape = self.num_particles, len(self.flat.loc)
+        return self.flat.loc.detach().expand(shape).clone(), self.flat.scale.detach().expand(shape).clone()
 
-    def groups(self, e: Tensor) -> list[Tensor]:
-        """Split noise into the groups that share a norm, each ``(P, 1, scalars per group)``."""
-        if self._scope == "global":
-            return [e.unsqueeze(1)]
-        return [part.unsqueeze(1) for part in e.split(self._flat.sizes, -1)]
+    def ascend(self, e: Tensor) -> "FlatRan":
+        """Run the model at a chosen noise, without a trace."""
+        leaf = self.flat.loc.detach()
+        leaf = (leaf.expand_as(e).clone() if self._lead else leaf.clone()).requires_grad_()
+        values = Place.apply(leaf, self.flat.scale.detach(), e, Where(self._shapes, self.flat.sizes))
+        ran = FlatRan(self, self._run(values), e, leaf, values)
+        self.buffers.restore()
+        return ran
 
-    def join(self, groups: Sequence[Tensor]) -> Tensor:
-        """Undo :meth:`groups`."""
-        return groups[0].flatten(1) if len(groups) == 1 else torch.cat([group.flatten(1) for group in groups], -1)
+    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Tensor | None = None) -> "FlatRan":
+        """Run the model at a chosen noise for good.
 
-    def loss(self, e: Tensor, kl_weight: float | Tensor, *, scale_at_mean: bool) -> tuple[Any, Recorder]:
-        """Return the loss at noise ``e`` with its graph, and the run it comes from.
-
-        Args:
-            e: Chosen noise.
-            kl_weight: Weight of the KL.
-            scale_at_mean: Whether the gradient of scale is the one at the mean.
+        Raises:
+            Surprise: If its run is not of a kind that is known.
         """
-        flat, e = self._flat, self._noise(e)
-        w = flat.at(e, detach_scale=scale_at_mean)
-        if self._memory is not None:
-            self._memory.watch_flat(flat, w)
-        run = self._run(w)
-        priors = self._known.look_up(run, flat, signature_of_sites(run.nodes))
-        loss = data_loss_of(run.nodes.values())
-        if scale_at_mean and self._mean_gradient is not None:
-            linear = (self._mean_gradient * e * flat.scale).sum()
-            loss = loss + (linear - linear.detach())
-        if isinstance(kl_weight, Tensor) or kl_weight != 0:
-            loss = loss + weighted(kl_weight, self._kl(priors, run))
-        return loss, run
+        where = Where(self._shapes, self.flat.sizes, detach_scale, average, self._settings.ascent_decay)
+        values = Place.apply(self.flat.loc, self.flat.scale, e, where)
+        node = values[0].grad_fn
+        run = self._run(values)
+        ran = FlatRan(self, run, e, None, values, node)
+        ran.known = self._look_up(run)
+        return ran
 
-    def _noise(self, e: Tensor) -> Tensor:
-        return e.detach() if self._lead else e[0].detach()
+    def kl_at(self, e: Tensor, there: Ran, *, with_model: bool) -> Loss:
+        """Leave a KL that must be estimated elsewhere to the ordinary passes."""
+        raise Surprise
 
-    def _kl(self, priors: NormalPriors, run: Recorder) -> Any:
-        terms = priors.kl(flat=self._flat)
-        if self._lead:
-            terms = [self.num_particles * term for term in terms]
-        terms += [self._kl_of(name, run.values[name], prior) for name, prior in priors.others.items()]
-        terms += [self._kl_of(name, run.values[name], prior) for name, prior in run.latents().items()]
-        return reduce(operator.add, terms)
-
-    def _kl_of(self, name: str, value: Tensor, prior: Any) -> Any:
-        plain: Any = {"args": (), "kwargs": {}, "scale": 1.0, "mask": None, "value": value}
-        return kl_of_site({**plain, "fn": self._flat.site(name)}, {**plain, "fn": prior})
-
-    def _run(self, w: Tensor) -> Recorder:
+    def _run(self, values: Sequence[Tensor]) -> Recorder:
         stream: AbstractContextManager[None] = nullcontext()
         if self._model_start is not None:
-            stream = rewound(self._model_start)
+            stream = rewound(self._model_start, self._call.streams)
         elif self._many_passes:
-            self._model_start = RandomState.capture()
-        values = self._flat.split(w, self._lead)
-        with stream, Recorder(values, self._held, self._bookmarks, self._looked_at, self.buffers, self._lead) as run:
-            self._model(*self._args, **self._kwargs)
+            self._model_start = RandomState.capture(self._call.streams)
+        by_site = dict(zip(self.flat.names, values, strict=True))
+        with stream, Recorder(by_site, self._held, self._bookmarks, self._looked_at, self.buffers, self._lead) as run:
+            self._call.run_model()
         return run
+
+    def _look_up(self, run: Recorder) -> "KnownModel":
+        """Return what is known of models with such a run."""
+        known = self._pair.known.get(_kind(run))
+        if known is None or not known.has_all or len(run.values) != len(run.latents()) + len(run.priors()):
+            raise Surprise
+        key = "flat", signature_of_sites(run.nodes.values())
+        if not self._pair.valid.get(key):
+            self._check(run)
+            self._pair.valid.put(key, True)
+        return known
+
+    def _check(self, run: Recorder) -> None:
+        """Check the shapes of a run of a known kind whose sizes are new."""
+        if not is_validation_enabled():
+            return
+        sites = [dict(site) for site in run.nodes.values() if site["is_observed"]]
+        for site in sites:
+            site["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        check_shapes(sites, self._pair.known_nesting(self._settings))
+        warn_of_sizes(self._pair, self._settings, run.nodes, run.values)
+
+
+@dataclass
+class KnownModel:
+    """What an ordinary run has found out about a model.
+
+    Args:
+        kl_ignores_noise: Whether its KL was seen not to depend on the noise.
+        has_all: Whether it has all the guide's latents, and no site that is summed out.
+        priors: Normal priors that were served at one go the last time, and those that it was made from.
+    """
+
+    kl_ignores_noise: bool
+    has_all: bool
+    priors: tuple[tuple[Any, ...], NormalPriors] | None = None
+
+    def normal(self, run: Recorder, flat: FlatNormal) -> NormalPriors:
+        """Return the priors that a run served at one go."""
+        known = self.priors
+        if known is None or len(known[0]) != len(run.batches) or not all(map(operator.is_, known[0], run.batches)):
+            known = self.priors = tuple(run.batches), NormalPriors(flat.names, flat.sizes, run.priors())
+        return known[1]
+
+
+class FlatRan(Ran):
+    """What came of a run of the model.
+
+    Args:
+        passes: The passes.
+        run: The run.
+        e: The noise.
+        leaf: Where the graph begins, in an ascent.
+        values: Values by site.
+        node: The operation that they came of; None without a graph.
+    """
+
+    known: KnownModel
+
+    def __init__(
+        self, passes: FlatPasses, run: Recorder, e: Tensor, leaf: Tensor | None, values: Any, node: Any = None
+    ) -> None:
+        self._passes, self.run, self._e, self._leaf, self._node = passes, run, e, leaf, node
+        self.data_loss = data_loss_of(run.nodes.values())
+        self._is_estimate = False
+
+    def gradients(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the gradients in the noise and in the values, each as one vector per particle."""
+        leaf: Any = self._leaf
+        g = torch.zeros_like(leaf)
+        if isinstance(self.data_loss, Tensor) and self.data_loss.requires_grad:
+            found = torch.autograd.grad(self.data_loss, [leaf], allow_unused=True)[0]
+            g = g if found is None else found
+        g = g.view_as(self._e)
+        return g * self._passes.flat.scale.detach(), [g]
+
+    def displacements(self) -> Sequence[Tensor]:
+        """Return the values less their loc."""
+        return [self._e * self._passes.flat.scale]
+
+    def kl(self) -> Loss:
+        """Return the KL, or its estimate at this run's values."""
+        flat, normal = self._passes.flat, self.known.normal(self.run, self._passes.flat)
+        terms: list[Any] = list(normal.kl(flat))
+        if (particles := self._passes.num_particles) > 1:
+            terms = [particles * term for term in terms]
+        latents = {name: {**_PLAIN, "fn": prior} for name, prior in normal.others.items()} | self.run.latents()
+        for name, prior in latents.items():
+            site = {**_PLAIN, "value": self.run.values[name], "fn": flat.site(name)}
+            exact = closed_form(site, prior)
+            self._is_estimate |= exact is None
+            terms.append(kl_of_site(site, {**prior, "value": site["value"]}) if exact is None else exact)
+        return reduce(operator.add, terms)
+
+    def sees_noise(self, kl: Loss) -> Dependence:
+        """Return what depends on the noise: in the graph of this run, or in an ordinary run of this kind."""
+        parameters = [t for site in self.run.latents().values() for t in tensors_of(site["fn"]) if t.requires_grad]
+        prior = bool(parameters) and self._node is not None and reaches(parameters, [self._node])
+        return Dependence(kl=prior or self._is_estimate or not self.known.kl_ignores_noise, prior=prior)
+
+
+_PLAIN: dict[str, Any] = {"args": (), "kwargs": {}, "scale": 1.0, "mask": None}
+
+
+def _kind(run: Recorder) -> Hashable:
+    served = [
+        {"type": "sample", "name": name, "is_observed": False, "fn": prior, "cond_indep_stack": ()}
+        for name, prior in run.priors().items()
+    ]
+    return frozenset(kind_of_sites([*served, *run.nodes.values()]))

@@ -1,7 +1,7 @@
 r"""The KL of a mean-field posterior from constant Normal priors, in closed form and without a temporary per term."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -11,61 +11,86 @@ from torch.distributions import Independent
 from pyro_sam._flat.vectors import FlatNormal
 
 
+class _Stretch(NamedTuple):
+    """A stretch of the vectors whose elements have one prior."""
+
+    start: int
+    stop: int
+    loc: Any
+    scale: Any
+
+
 class NormalPriors:
     """Constant Normal priors of sites that lie one after the other in a vector, with scalar loc and scale.
 
     Args:
-        flat: The posterior.
+        names: Names of all sites.
+        sizes: Their numbers of elements.
         priors: Distributions by name of site.
     Attributes:
         others: Priors that are something else.
     """
 
-    def __init__(self, flat: FlatNormal, priors: Mapping[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], priors: Mapping[str, Any]) -> None:
         self.others: dict[str, Any] = {}
-        self._ranges: list[tuple[int, int, float, float]] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}  # by place in memory: many priors are the same one
+        self._places: list[tuple[int, int, Tensor, Tensor]] = []
         start = 0
-        for name, size in zip(flat.names, flat.sizes, strict=True):
-            stop = start + size
+        for name, size in zip(names, sizes, strict=True):
             if name in priors:
-                self._add(name, priors[name], start, stop)
-            start = stop
-
-    def is_current(self) -> bool:
-        """Return whether nobody has written to the priors' parameters."""
-        return all(tensor._version == version for tensor, version in self._versions.values())
+                numbers = _scalars(priors[name])
+                if numbers is None:
+                    self.others[name] = priors[name]
+                else:
+                    self._places.append((start, start + size, *numbers))
+            start += size
+        # many priors are the same one
+        self._tensors = list({t.data_ptr(): t for _, _, *pair in self._places for t in pair}.values())
+        self._on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        self._numbers: list[float] = []
+        self._stretches: list[_Stretch] = []
 
     def kl(self, flat: FlatNormal) -> list[Tensor]:
-        """Return the terms of the KL that the sites with such priors have."""
+        """Return the terms of the KL that the sites with such priors have, at what the priors are now."""
         terms = []
-        for start, stop, loc, scale in self._ranges:
+        for start, stop, loc, scale in self._now():
             whole = stop - start == len(flat.loc)
             q = [vector if whole else vector[start:stop] for vector in (flat.loc, flat.scale)]
             terms.append(_NormalKL.apply(*q, loc, scale))
         return terms
 
-    def _add(self, name: str, prior: Any, start: int, stop: int) -> None:
-        numbers = _scalars(prior)
-        if numbers is None:
-            self.others[name] = prior
-            return
-        loc, scale = numbers
-        self._versions.update((tensor.data_ptr(), (tensor, tensor._version)) for tensor in numbers)
-        here = (start, stop, float(loc), float(scale))
-        if self._ranges and self._ranges[-1][1:] == (start, *here[2:]):
-            here = (self._ranges.pop()[0], *here[1:])
-        self._ranges.append(here)
+    def _now(self) -> list[_Stretch]:
+        # read as numbers where that is no wait for a device; a capture must see the tensors themselves
+        if not self._on_cpu or torch._C._len_torch_dispatch_stack():
+            return _joined([_Stretch(*place) for place in self._places])
+        numbers = [tensor.item() for tensor in self._tensors]
+        if numbers != self._numbers or not self._stretches:
+            by_place = {tensor.data_ptr(): number for tensor, number in zip(self._tensors, numbers, strict=True)}
+            self._numbers = numbers
+            self._stretches = _joined(
+                [_Stretch(start, stop, *(by_place[t.data_ptr()] for t in pair)) for start, stop, *pair in self._places]
+            )
+        return self._stretches
 
 
-def is_expanded(fn: Any, prior: Any) -> bool:
-    """Return whether ``fn`` is a Normal prior with one loc and one scale, or that prior expanded in a plate."""
-    if fn is prior:
-        return True
-    here, there = _scalars(fn), _scalars(prior)
-    if here is None or there is None or fn.event_shape != prior.event_shape:
-        return False
-    return all(a.data_ptr() == b.data_ptr() for a, b in zip(here, there, strict=True))
+def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
+    """Return stretches with neighbours of one prior as one."""
+    found: list[_Stretch] = []
+    for each in stretches:
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and last.stop == each.start
+            and _alike(last.loc, each.loc)
+            and _alike(last.scale, each.scale)
+        ):
+            found[-1] = last._replace(stop=each.stop)
+        else:
+            found.append(each)
+    return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a.data_ptr() == b.data_ptr() if isinstance(a, Tensor) else a == b
 
 
 def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:
@@ -86,14 +111,17 @@ def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:
 
 
 class _NormalKL(torch.autograd.Function):
-    r""":math:`\sum_i \log(s_0 / s_i) + (s_i^2 + (m_i - m_0)^2) / (2 s_0^2) - 1/2`, and its gradient."""
+    r""":math:`\sum_i \log(s_0 / s_i) + (s_i^2 + (m_i - m_0)^2) / (2 s_0^2) - 1/2`, and its gradient.
+
+    The prior's loc and scale are numbers, or tensors without dimensions.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loc: Tensor, scale: Tensor, prior_loc: float, prior_scale: float) -> Tensor:
+    def forward(ctx: Any, loc: Tensor, scale: Tensor, prior_loc: Any, prior_scale: Any) -> Tensor:
         ctx.save_for_backward(loc, scale)
         ctx.prior = prior_loc, prior_scale
-        away = loc - prior_loc if prior_loc else loc
-        ratio = scale / prior_scale if prior_scale != 1 else scale
+        away = _less(loc, prior_loc)
+        ratio = scale if _is(prior_scale, 1) else scale / prior_scale
         # element by element, so that a posterior close to its prior loses no digits
         minus = ratio.log().addcmul_(ratio, ratio, value=-0.5).add_(0.5)
         return torch.dot(away, away) * (0.5 / prior_scale**2) - minus.sum()
@@ -102,6 +130,13 @@ class _NormalKL(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         loc, scale = ctx.saved_tensors
         prior_loc, prior_scale = ctx.prior
-        weight = outer / prior_scale**2 if prior_scale != 1 else outer
-        away = loc - prior_loc if prior_loc else loc
-        return away * weight, scale * weight - outer / scale, None, None
+        weight = outer if _is(prior_scale, 1) else outer / prior_scale**2
+        return _less(loc, prior_loc) * weight, scale * weight - outer / scale, None, None
+
+
+def _less(loc: Tensor, prior_loc: Any) -> Tensor:
+    return loc if _is(prior_loc, 0) else loc - prior_loc
+
+
+def _is(value: Any, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number

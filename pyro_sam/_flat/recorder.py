@@ -15,8 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sam._base.buffers import Buffers
-from pyro_sam._base.random_state import RandomState
-from pyro_sam._step.sites import hold_subsample
+from pyro_sam._step.handlers import Bookmarks, hold_subsample
 
 
 class Surprise(Exception):
@@ -29,7 +28,7 @@ class Recorder(Messenger):
     Args:
         values: Values by site.
         held: Indices of subsampling plates. Filled by the first run, used by later ones.
-        bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
+        bookmarks: Where the random streams are after each draw of such indices, likewise; None for a single run.
         looked_at: What modules have found to be as it was, likewise.
         buffers: Watches the modules that are called.
         lead: Dimensions that vectorised particles put at the left of a value, the number of particles first.
@@ -43,7 +42,7 @@ class Recorder(Messenger):
         self,
         values: Mapping[str, Tensor],
         held: dict[str, Tensor],
-        bookmarks: dict[str, RandomState] | None,
+        bookmarks: Bookmarks | None,
         looked_at: set[Any],
         buffers: Buffers,
         lead: Sequence[int] = (),
@@ -62,9 +61,13 @@ class Recorder(Messenger):
         except KeyError as name:
             raise Surprise from name
 
+    def priors(self) -> dict[str, Any]:
+        """Return the priors that were served at one go."""
+        return {name: prior for batch in self.batches for name, prior in batch.items()}
+
     def latents(self) -> dict[str, Any]:
-        """Return the priors of the latent sites among the nodes."""
-        return {name: site["fn"] for name, site in self.nodes.items() if name in self.values}
+        """Return the latent sites among the nodes."""
+        return {name: site for name, site in self.nodes.items() if name in self.values}
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"]:

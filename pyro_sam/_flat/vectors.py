@@ -14,7 +14,6 @@ from torch._utils import _unflatten_dense_tensors
 from torch.distributions import transform_to
 
 from pyro_sam._flat.recorder import listeners
-from pyro_sam._step import checks
 
 
 @dataclass(frozen=True)
@@ -31,33 +30,19 @@ class FlatNormal:
             guide's parameters.
     """
 
-    names: Sequence[str]
-    shapes: Sequence[torch.Size]
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
     sizes: list[int]
     loc: Tensor
     scale: Tensor
     roots: Sequence[Tensor] = ()
-
-    def split(self, vector: Tensor, lead: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Return a vector's parts by site, as views; of several vectors with ``lead`` at the left of a site's shape."""
-        parts = torch.split_with_sizes(vector, self.sizes, -1)
-        if not lead:
-            return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
-        return {
-            name: part.unflatten(-1, shape).view(*lead, *shape) if shape else part.view(*lead)
-            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
-        }
-
-    def at(self, e: Tensor, *, detach_scale: bool = False) -> Tensor:
-        """Return ``loc + scale * e``."""
-        return torch.addcmul(self.loc, self.scale.detach() if detach_scale else self.scale, e)
 
     def site(self, name: str) -> Any:
         """Return the distribution of one site."""
         index = list(self.names).index(name)
         start, shape = sum(self.sizes[:index]), self.shapes[index]
         loc, scale = (vector.narrow(0, start, self.sizes[index]).view(shape) for vector in (self.loc, self.scale))
-        return checks.trust(dist.Normal(loc, scale, validate_args=False)).to_event(len(shape))
+        return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))
 
 
 class FlatParameters:
@@ -102,7 +87,7 @@ class FlatParameters:
             loc.requires_grad_(torch.is_grad_enabled())
             rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
-        flat = FlatNormal(self._sites, self._shapes, self._sizes, loc, scale, roots)
+        flat = FlatNormal(self._sites, tuple(self._shapes), self._sizes, loc, scale, roots)
         if handlers := listeners():
             scales = _unflatten_dense_tensors(scale.detach(), self._tensors[number:]) if self._learn_scale else ()
             self._state(handlers, [*self._tensors[:number], *scales])

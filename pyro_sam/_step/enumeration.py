@@ -18,6 +18,8 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.random_state import RandomState
+from pyro_sam._step.call import Call
 
 
 class EnumerableSite(Exception):
@@ -43,25 +45,23 @@ class Enumeration:
     def __init__(self) -> None:
         self._first_dim: int | None = None
 
-    def trace(
-        self, model: Callable[..., Any], first_dim: Callable[[], int], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Trace:
+    def trace(self, call: Call, first_dim: Callable[[], int]) -> Trace:
         """Return the model's trace.
 
         Args:
-            model: Called with ``args`` and ``kwargs``, with the guide's values replayed around it.
+            call: The model and its arguments; the guide's values are replayed around it.
             first_dim: Finds the first dimension left of all plates.
-            args: Positional arguments of the model.
-            kwargs: Keyword arguments of the model.
         """
         if self._first_dim is None:
+            start = RandomState.capture(call.streams)
             try:
-                with kept_buffers(on_error_only=True):
-                    return poutine.trace(model).get_trace(*args, **kwargs)
+                with kept_buffers(call.modules, on_error_only=True):
+                    return poutine.trace(call.model).get_trace(*call.args, **call.kwargs)
             except EnumerableSite:
+                start.restore()
                 self._first_dim = first_dim()
         with EnumMessenger(self._first_dim):
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            return poutine.trace(call.model).get_trace(*call.args, **call.kwargs)
 
 
 def marginal_log_prob(model: Trace) -> Tensor | float:

@@ -71,24 +71,12 @@ def kl_loss(guide: Trace, model: Trace) -> Tensor | float:
 
 def kl_of_site(site: Any, prior: Any) -> Tensor | float:
     """Return the term of one latent, given the guide's node and the model's."""
-    exact = _closed_form(site, prior)
+    exact = closed_form(site, prior)
     return _log_prob(site, site["value"]) - _log_prob(prior, site["value"]) if exact is None else exact
 
 
-def weighted(weight: float | Tensor, kl: Tensor | float) -> Tensor | float:
-    """Return ``weight * kl``, in the precision of ``kl``."""
-    if isinstance(weight, Tensor):
-        return weight.to(kl.dtype) * kl if isinstance(kl, Tensor) else weight * kl
-    return kl if weight == 1 else weight * kl
-
-
-def prior_log_prob(guide: Trace, model: Trace) -> Tensor | float:
-    """Return the log prior at detached values: it depends on the noise only where a prior's parameters do."""
-    values: dict[str, Any] = {name: guide.nodes[name]["value"] for name in latent_sites(model)}
-    return sum((_log_prob(model.nodes[name], value.detach()) for name, value in values.items()), start=0.0)
-
-
-def _closed_form(guide_site: Any, model_site: Any) -> Tensor | float | None:
+def closed_form(guide_site: Any, model_site: Any) -> Tensor | float | None:
+    """Return the same where torch knows it whatever the values, else None."""
     if isinstance(unwrap(guide_site["fn"]), Delta):
         return None
     q, p = _without_dims(guide_site["fn"], model_site["fn"])

@@ -1,97 +1,102 @@
 r"""The ascent direction from earlier steps: an average of the descent passes' own gradients, at no pass of its own."""
 
-import math
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_sam._flat.vectors import FlatNormal
-from pyro_sam._step.sites import CoreNormal, NoiseSite, pull_back
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the noise of each site lies in a vector per particle.
+
+    Args:
+        names: Names of the sites.
+        shapes: Shapes of their noise, that of vectorised particles included.
+        num_particles: Number of vectorised particles.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    num_particles: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of scalars per particle."""
+        return [shape.numel() // self.num_particles for shape in self.shapes]
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Return the parts of ``vectors``, shape (P, d), by site."""
+        parts = vectors.split(self.sizes, -1)
+        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
 class PreviousGradients:
-    r"""An exponential average of the gradients in noise space, one tensor per guide site.
+    r"""An exponential average of the gradients in noise space, shape ``(P, d)``.
 
     .. math:: \bar u \leftarrow \mathrm{decay}\, \bar u + (1 - \mathrm{decay})\, \nabla_e L(T(e))
 
-    It starts at zero. A gradient that is not finite, as a loss scaler for half precision provokes, leaves it as it is.
+    It starts at zero. An entry that is not finite, as a loss scaler for half precision provokes, leaves it as it is.
 
-    Args:
-        decay: Weight of the past, in [0, 1).
     References:
         Becker et al. (2024), "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead",
         arXiv:2401.12033.
     """
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self._averages: dict[str, Tensor] = {}
-        self._vector: Tensor | None = None  # all averages are parts of it, in lean steps
-        self._pair: Any = None
+    def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
+        self._known = {name: average.detach().clone() for name, average in (state or {}).items()}
+        self._layout: Layout | None = None
+        self._vector: Tensor | None = None
 
-    def of(self, pair: Any) -> "PreviousGradients":
-        """Return the averages for a pair of model and guide; another pair than the last one starts from zero."""
-        if self._pair is not None and self._pair is not pair:
-            self._averages, self._vector = {}, None
-        self._pair = pair
-        return self
+    def recall(self, layout: Layout, like: Tensor) -> Tensor:
+        """Return the average itself, shape ``(P, d)``; zero for a site that is new or has another shape.
 
-    def recall(self, name: str, noise: Tensor) -> Tensor:
-        """Return the average of a site with this noise, shaped like it."""
-        average = self._averages.get(name)
-        if average is None or average.shape != noise.shape:
-            average = torch.zeros_like(noise)
-        average = average.to(noise)
-        if average is not self._averages.get(name):
-            self._averages[name], self._vector = average, None
-        return average
-
-    def recall_flat(self, flat: FlatNormal) -> Tensor:
-        """Return the averages of all sites of a guide, one after the other."""
-        if self._vector is None:
-            parts = flat.split(flat.loc.detach())
-            self._vector = torch.cat([self.recall(name, part).flatten() for name, part in parts.items()])
-            self._averages = flat.split(self._vector)
-        return self._vector
-
-    def watch(self, sites: Mapping[str, NoiseSite]) -> None:
-        """Have the backward pass of a run add its gradients to the averages."""
-        for name, site in sites.items():
-            if site.sample.requires_grad:
-                # not the site: a hook that holds its own tensor keeps it, and its graph, for ever
-                site.sample.register_hook(partial(self._add, name, site.core, site.noise))
-
-    def watch_flat(self, flat: FlatNormal, w: Tensor) -> None:
-        """Have the backward pass of a run at the values ``w`` add its gradient to the averages."""
-        if w.requires_grad:
-            w.register_hook(partial(self._add_flat, self.recall_flat(flat), flat.scale.detach()))
-
-    @torch.no_grad()
-    def _add_flat(self, average: Tensor, scale: Tensor, gradient: Tensor) -> None:
-        u = gradient * scale
-        least, most = torch.aminmax(u)  # NaN if there is one
-        is_finite = torch.maximum(-least, most) < math.inf
-        torch.where(is_finite, average.lerp(u, 1 - self.decay), average, out=average)
-
-    @torch.no_grad()
-    def _add(self, name: str, core: CoreNormal, noise: Tensor, gradient: Tensor) -> None:
-        average = self.recall(name, noise)
-        u = pull_back(core, gradient)
-        average.copy_(torch.where(u.isfinite().all(), self.decay * average + (1 - self.decay) * u, average))
+        Args:
+            layout: The sites of this step.
+            like: A tensor of the dtype and device that it shall have.
+        """
+        vector = self._vector
+        same = vector is not None and (vector.dtype, vector.device) == (like.dtype, like.device)
+        if vector is None or not same or layout != self._layout:
+            known = self.state_dict()
+            parts = [
+                known[name] if name in known and known[name].shape == shape else like.new_zeros(shape)
+                for name, shape in zip(layout.names, layout.shapes, strict=True)
+            ]
+            flat = [part.reshape(layout.num_particles, -1).to(like) for part in parts]
+            self._known, self._layout, self._vector = {}, layout, torch.cat(flat, -1)
+            return self._vector
+        return vector
 
     def tensors(self) -> list[Tensor]:
-        """Return the averages themselves."""
-        return list(self._averages.values())
+        """Return what it writes to."""
+        return [] if self._vector is None else [self._vector]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages by site."""
-        return {name: average.clone() for name, average in self._averages.items()}
+        if self._vector is None or self._layout is None:
+            return {name: average.clone() for name, average in self._known.items()}
+        return {name: average.clone() for name, average in self._layout.split(self._vector).items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averages by site; the next model and guide go on with them."""
-        self._averages = {name: average.detach().clone() for name, average in state.items()}
-        self._vector = None
-        self._pair = None
+
+@torch.no_grad()
+def remember(average: Tensor, decay: float, u: Tensor) -> None:
+    """Add a gradient to an average, in place.
+
+    Args:
+        average: All of it, or a part.
+        decay: Weight of the past.
+        u: Gradient in noise space, of its shape.
+    """
+    average.copy_(torch.where(u.isfinite(), average.lerp(u.to(average), 1 - decay), average))
+
+
+def flat(tensors: Sequence[Tensor], num_particles: int) -> Tensor:
+    """Return tensors side by side as one of shape ``(P, d)``, without a graph."""
+    if not tensors:
+        return torch.zeros(num_particles, 0)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.cat([tensor.detach().reshape(num_particles, -1).to(device, dtype) for tensor in tensors], -1)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._step.call import Call
 
 # these keep one parameter per position in the prototype's minibatch
 POSITIONAL = (AutoContinuous, AutoStructured, AutoGaussian)
 
 
-def follow_minibatch(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[..., Any]:
+def follow_minibatch(call: Call) -> Callable[..., Any]:
     """Return the guide, an autoguide with the plates of its local latents at the indices that the model gives.
 
     Pyro's autoguides draw indices of their own there, and the model then runs at those. To find the model's, it is run
@@ -31,6 +30,7 @@ def follow_minibatch(
     Raises:
         ValueError: If the guide has no parameters of its own for each data point of a subsampled local latent.
     """
+    guide = call.guide
     auto = poutine.unwrap(guide)
     if not isinstance(auto, AutoGuide):
         return guide
@@ -38,7 +38,8 @@ def follow_minibatch(
     for part in parts:
         if isinstance(part, POSITIONAL):
             started = part.prototype_trace is not None
-            _check_positions(part, part._prototype_frames if started else _scout(part.model, args, kwargs).frames)
+            of_part = call.with_functions(part.model, guide)
+            _check_positions(part, part._prototype_frames if started else _scout(of_part).frames)
     if auto.create_plates is not None:
         return guide
     frames: dict[str, Any] | None = None
@@ -46,7 +47,7 @@ def follow_minibatch(
         frames = {name: frame for part in parts for name, frame in part._prototype_frames.items()}
         if not frames:
             return guide
-    scout = _scout(model, args, kwargs, frames)
+    scout = _scout(call, frames)
     if not scout.given.keys() & scout.frames.keys():
         return guide
     return _with_plates(auto, guide, scout)
@@ -77,15 +78,11 @@ class _Scout(Messenger):
             raise _AllSeen
 
 
-def _scout(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    wanted: Mapping[str, Any] | None = None,
-) -> _Scout:
-    scout = _Scout(wanted)
-    with torch.no_grad(), kept_buffers(), rewound(RandomState.capture()), poutine.block(), scout, suppress(_AllSeen):
-        model(*args, **kwargs)
+def _scout(call: Call, wanted: Mapping[str, Any] | None = None) -> _Scout:
+    scout, start = _Scout(wanted), RandomState.capture(call.streams)
+    with torch.no_grad(), kept_buffers(call.modules), rewound(start, call.streams), poutine.block(), scout:
+        with suppress(_AllSeen):
+            call.run_model()
     return scout
 
 

@@ -1,4 +1,4 @@
-r"""Which guide sites are Gaussian, and the handler that places a chosen noise there.
+r"""Which guide sites are Gaussian, and their value at a chosen noise.
 
 A site qualifies when its distribution is a Normal, MultivariateNormal or LowRankMultivariateNormal, also inside
 Independent, Masked, Expanded or an invertible TransformedDistribution. Such a site draws its value as
@@ -6,20 +6,15 @@ Independent, Masked, Expanded or an invertible TransformedDistribution. Such a s
 in torch's own order of random numbers.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch import distributions as td
-
-from pyro_sam._base.random_state import RandomState
-from pyro_sam._step.enumeration import EnumerableSite, is_marked
 
 CoreNormal = td.Normal | td.MultivariateNormal | td.LowRankMultivariateNormal
 FAMILIES: tuple[type[CoreNormal], ...] = (td.Normal, td.MultivariateNormal, td.LowRankMultivariateNormal)
@@ -145,126 +140,7 @@ def pull_back(core: CoreNormal, gradient: Tensor) -> Tensor:
     return torch.cat([along_factor, core._unbroadcasted_cov_diag.sqrt() * gradient], -1)
 
 
-class NoiseMessenger(Messenger):
-    """Place noise at the Gaussian sites of a guide run, and record them in ``sites``.
-
-    Args:
-        noise: Called with the site's name and its core Gaussian; returns the noise.
-        hidden: Tells from its name whether a site is left at its own random sample.
-        held: Noise of hidden sites and indices of subsampling plates. Filled by the first run, used by later ones.
-        bookmarks: States of the random stream after each draw at a Gaussian site. Filled by the run that draws;
-            later runs jump to them, so that all other draws (encoder dropout, other sites) repeat.
-        detach_scale: Whether values have no gradient to the scale.
-    """
-
-    def __init__(
-        self,
-        noise: Callable[[str, CoreNormal], Tensor],
-        hidden: Callable[[str], bool],
-        held: dict[str, Tensor],
-        bookmarks: dict[str, RandomState] | None,
-        detach_scale: bool = False,
-    ) -> None:
-        super().__init__()
-        self._noise = noise
-        self._hidden = hidden
-        self._held = held
-        self._bookmarks = bookmarks
-        self._detach_scale = detach_scale
-        self.sites: dict[str, NoiseSite] = {}
-        self.unperturbed: dict[str, str] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or msg["value"] is not None:
-            return
-        name, fn = msg["name"], msg["fn"]
-        if site_is_subsample(msg):
-            hold_subsample(msg, self._held, self._bookmarks)
-            return
-        reason = why_not_gaussian(fn)
-        if reason is not None:
-            _refuse_unreparameterised(name, fn)
-            self.unperturbed[name] = reason
-            return
-        if self._hidden(name):
-            self.unperturbed[name] = "hidden by hide"
-            msg["value"] = place(fn, lambda core: self._hidden_noise(name, core))[0]
-        else:
-            msg["value"], site = place(fn, lambda core: self._noise(name, core), self._detach_scale)
-            self.sites[name] = replace(site, scale=None) if _is_whitened(msg, site) else site
-        msg["done"] = True
-        _keep_stream(name, self._bookmarks)
-
-    def _hidden_noise(self, name: str, core: CoreNormal) -> Tensor:
-        if name not in self._held:
-            self._held[name] = standard_normal(core)
-        return self._held[name]
-
-
-class ReplayMessenger(Messenger):
-    """Replay a guide's values in the model, and hold the model's own subsample indices over several runs.
-
-    Args:
-        values: The guide's messages by site name.
-        held: Indices of the model's subsampling plates. Filled by the first run, used by later ones.
-        bookmarks: States of the random stream after each draw of such indices, likewise; None for a single run.
-        free: For predictions, names of the latent sites that the model may sample itself.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        held: dict[str, Tensor],
-        bookmarks: dict[str, RandomState] | None = None,
-        free: Collection[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self._values = values
-        self._held = held
-        self._bookmarks = bookmarks
-        self._free = free
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            return
-        site = self._values.get(msg["name"])
-        if site is not None and site["type"] == "sample" and not site["is_observed"]:
-            if site_is_subsample(msg) and msg["value"] is not None:
-                _refuse_other_minibatch(msg["name"], msg["value"], site["value"])
-            msg["value"], msg["infer"], msg["done"] = site["value"], site["infer"], True
-        elif site_is_subsample(msg):
-            if msg["value"] is None:
-                hold_subsample(msg, self._held, self._bookmarks)
-        elif msg["value"] is None and msg["name"] not in (self._free or ()):
-            self._miss(msg)
-
-    def _miss(self, msg: Any) -> None:
-        if not is_marked(msg):
-            _refuse_missing(msg["name"], msg["fn"], self._values)
-        if self._free is None:  # a prediction draws the site, a loss sums over it
-            raise EnumerableSite
-
-
-def hold_subsample(msg: Any, held: dict[str, Tensor], bookmarks: dict[str, RandomState] | None) -> None:
-    """Give a subsampling plate the indices that it drew the first time, and leave the random stream as it did then."""
-    name = msg["name"]
-    if name not in held:
-        held[name] = msg["fn"](*msg["args"], **msg["kwargs"])
-    _keep_stream(name, bookmarks)
-    msg["value"], msg["done"] = held[name], True
-
-
-def _keep_stream(name: str, bookmarks: dict[str, RandomState] | None) -> None:
-    """Jump to where the random stream was after ``name`` the first time, or make a note of it."""
-    if bookmarks is None:
-        return
-    if name in bookmarks:
-        bookmarks[name].restore()
-    else:
-        bookmarks[name] = RandomState.capture()
-
-
-def _is_whitened(msg: Any, site: NoiseSite) -> bool:
+def is_whitened(msg: Any, site: NoiseSite) -> bool:
     """Return whether an auxiliary site is N(0, 1) for good: its guide applies loc and scale later, out of sight."""
     if not msg["infer"].get("is_auxiliary") or site.scale is None:
         return False
@@ -279,44 +155,3 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except (AttributeError, NotImplementedError):
         return False
-
-
-def _refuse_unreparameterised(name: str, fn: Any) -> None:
-    if is_discrete(fn):
-        raise ValueError(
-            f"guide site '{name}' is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous latents. "
-            "Have it summed out of the model (pyro.infer.config_enumerate), and keep it out of the guide."
-        )
-    if not getattr(fn, "has_rsample", False):
-        raise ValueError(
-            f"guide site '{name}' has no reparameterised sampler ({type(unwrap(fn)).__name__}). "
-            "Give it a distribution with rsample, such as a transformed Normal."
-        )
-
-
-def _refuse_other_minibatch(name: str, given: Tensor, drawn: Tensor) -> None:
-    if given is drawn or (given.shape == drawn.shape and torch.equal(given, drawn)):
-        return
-    raise ValueError(
-        f"plate '{name}' has subsample=indices in the model, and other indices in the guide. Give the guide's plate "
-        "the same subsample (an autoguide: create_plates), or neither."
-    )
-
-
-def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:
-    if is_discrete(fn):
-        raise ValueError(
-            f"latent site '{name}' of the model is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous "
-            "latents. Have it summed out, by pyro.infer.config_enumerate on the model or by "
-            "infer={'enumerate': 'parallel'} at the site, and keep it out of the guide."
-        )
-    if name in guide and guide[name]["type"] == "sample":
-        raise ValueError(
-            f"latent site '{name}' of the model is observed in the guide (poutine.condition or obs= there), so nothing "
-            "samples it. Condition the model on the value instead."
-        )
-    sampled = ", ".join(n for n, site in guide.items() if site["type"] == "sample") or "none"
-    raise ValueError(
-        f"latent site '{name}' of the model is missing from the guide (guide sites: {sampled}). "
-        "Sample it in the guide under the same name, or pass obs= to it in the model."
-    )

@@ -5,10 +5,10 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
@@ -19,23 +19,21 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_sam._base.arguments import finite, flag, non_negative, one_of
-from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
-from pyro_sam._flat.passes import LeanStep
-from pyro_sam._graph.capture import Replayed, Replays
+from pyro_sam._flat.recorder import only_parameters_are_traced
+from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
-from pyro_sam._step.knowledge import Pair, Structures, refuse_enumerated_priors, signature, validate
-from pyro_sam._step.memory import PreviousGradients
-from pyro_sam._step.minibatch import follow_minibatch
-from pyro_sam._step.passes import SCOPES, GuideRun, Scope, Step
-from pyro_sam.elbo.mistakes import advise
-from pyro_sam.elbo.particle import Particle
+from pyro_sam._step.call import Call
+from pyro_sam._step.knowledge import Knowledge, Pair
+from pyro_sam._step.passes import Loss
+from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
+from pyro_sam._step.space import Terms
+from pyro_sam.elbo import sentinel
+from pyro_sam.elbo.particle import Evaluated, Particle
 from pyro_sam.guide import MeanFieldNormal
-from pyro_sam.perturbation import Adversarial, Gaussian, Mixture, Perturbation
+from pyro_sam.perturbation import Adversarial, Perturbation
 
-ScaleGradient = Literal["perturbed", "mean"]
-Ascent = Literal["fresh", "previous"]
+log = logging.getLogger(__name__)
 
 
 class SAM_ELBO(ELBO):
@@ -53,8 +51,11 @@ class SAM_ELBO(ELBO):
     of the likelihood, as in :class:`pyro.infer.TraceEnum_ELBO`, and the adversary climbs the sum; the guide leaves them
     out.
 
+    Every setting is an attribute of the same name and may be assigned later, say to anneal ``kl_weight``; it is checked
+    as here, together with all others.
+
     Args:
-        perturbation: Law of the noise.
+        perturbation: Law of the noise; ``Adversarial()`` for None.
         kl_weight: Weight of the KL, non-negative. 1 is the ELBO.
         scale_gradient: ``"perturbed"`` takes the gradient of scale at the perturbed point, ``g(w) * e``; ``"mean"`` at
             the mean, ``g(loc) * e`` (laws that ascend from the mean only).
@@ -67,19 +68,38 @@ class SAM_ELBO(ELBO):
         max_plate_nesting: Largest number of nested plates, as in :class:`pyro.infer.ELBO`; found by a trial run
             if infinite and needed.
         retain_graph: Passed on to ``backward``.
+        strict_enumeration_warning: Taken as Pyro's ELBOs take it; a model without enumerated sites is nothing to warn
+            of here.
         ascent: ``"fresh"`` spends a pass on each ascent gradient; ``"previous"`` climbs along an average of the earlier
-            steps' own gradients, at no extra pass, and not at all in the first step. That average is the ELBO's state.
+            steps' own gradients, at no extra pass, and not at all in the first step. That average is the ELBO's state,
+            one for each pair of model and guide.
         ascent_decay: Weight of the past in that average, in [0, 1).
         compile: Whether to capture the whole step as one graph, once per shape of the data, and to replay it compiled,
-            without Pyro's Python. All data must be arguments of the step: a tensor that the model reaches in another
-            way is taken as it was. A step that is no fixed graph runs as usual, after a logged warning.
+            without Pyro's Python. What the model sees besides its arguments (closures, attributes, layers, buffers,
+            handlers, random streams) is watched, and a change captures anew; a step that is no fixed graph runs as
+            usual, after a logged warning.
         sync_ascent: Whether to average the ascent gradient over all processes of ``torch.distributed``: one adversary
             against the whole batch. Otherwise each process has its own against its share (m-sharpness, SAM's usual).
+        fast: Whether shortened steps may be taken where they are known to give the same numbers; the 2nd, 4th, 8th,
+            ... and then each 1000th of them is checked by an ordinary one. False takes ordinary steps only, and
+            ``compile`` then does nothing.
     Raises:
         ValueError: If an argument is out of its range.
     References:
         Ujváry et al. (2022), "Rethinking Sharpness-Aware Minimization as Variational Inference", arXiv:2210.10452.
     """
+
+    if TYPE_CHECKING:
+        perturbation: Perturbation
+        kl_weight: float
+        scale_gradient: ScaleGradient
+        scope: Scope
+        hide: Any
+        ascent: Ascent
+        ascent_decay: float
+        compile: bool
+        sync_ascent: bool
+        fast: bool
 
     def __init__(
         self,
@@ -93,56 +113,44 @@ class SAM_ELBO(ELBO):
         vectorize_particles: bool = False,
         max_plate_nesting: float = float("inf"),
         retain_graph: bool | None = None,
+        strict_enumeration_warning: bool = True,
         ascent: Ascent = "fresh",
         ascent_decay: float = 0.9,
         compile: bool = False,
         sync_ascent: bool = False,
+        fast: bool = True,
     ) -> None:
-        perturbation = Adversarial() if perturbation is None else perturbation
-        if not isinstance(perturbation, Perturbation):
-            raise ValueError(
-                f"perturbation must be a Perturbation such as Adversarial(rho=1.0), got {perturbation!r} "
-                f"of type {type(perturbation).__name__}."
-            )
-        one_of("scale_gradient", scale_gradient, ("perturbed", "mean"))
-        one_of("scope", scope, SCOPES)
-        switches = {"vectorize_particles": vectorize_particles, "compile": compile, "sync_ascent": sync_ascent}
-        for name, value in switches.items():
-            flag(name, value)
-        one_of("ascent", ascent, ("fresh", "previous"))
-        _check_ascent(perturbation, scale_gradient, ascent, ascent_decay, sync_ascent, compile)
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(
-                f"num_particles must be a whole number of at least 1, got num_particles={num_particles!r}."
-            )
-        super().__init__(
-            num_particles=num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-            retain_graph=retain_graph,
-        )
-        self.perturbation = perturbation
-        self.kl_weight = non_negative("kl_weight", kl_weight)
-        self.scale_gradient = scale_gradient
-        self.scope = scope
-        self.sync_ascent = sync_ascent
-        self.hide: Callable[[str], bool] | frozenset[str] = hide if callable(hide) else _names(hide)
-        self.ascent, self.compile = ascent, compile
-        self._memory = PreviousGradients(ascent_decay) if ascent == "previous" else None
-        self._structures = Structures()
-        self._replays = Replays()
+        given = {name: value for name, value in locals().items() if name in NAMES}
+        settings = Settings(**{**given, "perturbation": Adversarial() if perturbation is None else perturbation})
+        super().__init__()
+        for name in NAMES:
+            vars(self).pop(name, None)
+        self._settings = settings
+        self._knowledge = Knowledge()
+        self._last_terms: Terms | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting."""
+        if name in NAMES and "_settings" in vars(self):
+            return getattr(self._settings, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting, checked together with the others; or another attribute."""
+        if name in NAMES and "_settings" in vars(self):
+            self._settings = replace(self._settings, **{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return settings and state; what was found out about models stays behind."""
-        memory = None
-        if self._memory is not None:
-            memory = PreviousGradients(self._memory.decay)
-            memory.load_state_dict(self._memory.state_dict())
-        return {**self.__dict__, "_memory": memory, "_structures": Structures(), "_replays": Replays()}
+        knowledge = Knowledge()
+        knowledge.load_ascent(self._knowledge.ascent())
+        return {**self.__dict__, "_knowledge": knowledge, "_last_terms": None}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the state: the averages of ``ascent="previous"`` by guide site; empty for ``"fresh"``."""
-        return {} if self._memory is None else {"ascent": self._memory.state_dict()}
+        return {} if self._settings.ascent == "fresh" else {"ascent": self._knowledge.ascent()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over a state.
@@ -150,10 +158,10 @@ class SAM_ELBO(ELBO):
         Raises:
             ValueError: If it was saved with another ``ascent``.
         """
-        if (self._memory is not None) != ("ascent" in state):
-            raise ValueError(f"state was saved with another ascent than ascent={self.ascent!r}.")
-        if self._memory is not None:
-            self._memory.load_state_dict(state["ascent"])
+        if (self._settings.ascent == "previous") != ("ascent" in state):
+            raise ValueError(f"state was saved with another ascent than ascent={self._settings.ascent!r}.")
+        if "ascent" in state:
+            self._knowledge.load_ascent(state["ascent"])
 
     @explained
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -161,9 +169,11 @@ class SAM_ELBO(ELBO):
 
         It is the number to compare methods by.
         """
-        total: Tensor | float = 0.0
-        for particle in self._particles(Gaussian(), 1.0, model, guide, args, kwargs):
-            total = total + particle.loss(graph=False).value / self.num_particles
+        settings = self._settings.evaluation()
+        call, pair = self._meet(Call(model, guide, args, kwargs), settings)
+        total: Loss = 0.0
+        for particle in self._particles(call, pair, settings):
+            total = total + particle.loss(graph=False).value / settings.num_particles
         return _number(total)
 
     @explained
@@ -171,212 +181,142 @@ class SAM_ELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
-        if self.compile and (replay := self._replay(model, guide, args, kwargs)) is not None:
-            return replay.differentiable()
-        total: Any = 0.0
-        for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
-            total = total + particle.loss().loss / self.num_particles
-        return total
+        settings = self._settings
+        call, pair = self._meet(Call(model, guide, args, kwargs), settings)
+
+        def take(settings: Settings) -> Any:
+            replay = self._replay(call, pair, settings)
+            if replay is not None:
+                return replay.differentiable()
+            total: Any = 0.0
+            for particle in self._particles(call, pair, settings):
+                total = total + particle.loss().loss / settings.num_particles
+            return total
+
+        if self._is_watched(pair, settings):
+            return sentinel.watched_loss(
+                pair, call, lambda: take(settings), lambda: take(replace(settings, fast=False, compile=False))
+            )
+        return take(settings)
 
     @explained
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
-        if self.compile and (replay := self._replay(model, guide, args, kwargs)) is not None:
+        settings = self._settings
+        call, pair = self._meet(Call(model, guide, args, kwargs), settings)
+        if self._is_watched(pair, settings):
+            return sentinel.watched(
+                pair,
+                call,
+                lambda: self._accumulate(call, pair, settings),
+                lambda: self._accumulate(call, pair, replace(settings, fast=False, compile=False)),
+            )
+        return self._accumulate(call, pair, settings)
+
+    def _accumulate(self, call: Call, pair: Pair, settings: Settings) -> float:
+        self._last_terms = None
+        replay = self._replay(call, pair, settings)
+        if replay is not None:
             return replay.accumulate()
-        total: Tensor | float = 0.0
-        for particle in self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs):
-            loss, value, finish = particle.loss(graph=False)
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                (loss / self.num_particles if self.num_particles > 1 else loss).backward(retain_graph=self.retain_graph)
-                finish()
-            total = total + value / self.num_particles
+        total: Loss = 0.0
+        number = settings.num_particles
+        terms: list[Terms] = []
+        for particle in self._particles(call, pair, settings):
+            found = particle.loss(graph=False)
+            _backward(found, number, settings.retain_graph)
+            total = total + found.value / number
+            terms.append(found.terms)
+        self._last_terms = Terms(*(_mean(each) for each in zip(*terms, strict=True)))
         return _number(total)
 
-    def _replay(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Replayed | None:
-        """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
-        law = self.perturbation.toss() if self.num_particles == 1 else self.perturbation
+    # From a call to its particles
 
-        def step(kl_weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
+    def _meet(self, call: Call, settings: Settings) -> tuple[Call, Pair]:
+        """Return a call with all that its passes share, and what is known of its model and guide."""
+        guide = poutine.unwrap(call.guide)
+        if isinstance(guide, Messenger):
+            raise ValueError(
+                f"guide {type(guide).__name__} is an effect handler, which cannot be run at a chosen "
+                "noise; use a guide that is called on its own, such as MeanFieldNormal."
+            )
+        if isinstance(call.guide, MeanFieldNormal):
+            call.guide.initialize(*call.args, **call.kwargs)
+        pair = self._knowledge.of(call)
+        return pair.complete(call, fast=_may_be_flat(call, pair, settings)), pair
+
+    def _particles(
+        self, call: Call, pair: Pair, settings: Settings, kl_weight: Tensor | None = None
+    ) -> Iterator[Particle]:
+        memory = None
+        if settings.ascent == "previous" and settings.perturbation.uses_gradient:
+            memory = self._knowledge.memory_of(pair)
+        weight = settings.kl_weight if kl_weight is None else kl_weight
+        fast = _may_be_flat(call, pair, settings)
+        for _ in range(1 if settings.together > 1 else settings.num_particles):
+            yield Particle(call, pair, settings, settings.perturbation, weight, memory, fast)
+
+    def _is_watched(self, pair: Pair, settings: Settings) -> bool:
+        """Return whether this step, if it is a fast one, is one that the sentinel looks at."""
+        if pair.slow or not settings.fast or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            return False
+        if not (settings.compile or len(pair.known)):
+            return False
+        pair.fast_steps += 1
+        return sentinel.is_due(pair.fast_steps)
+
+    def _replay(self, call: Call, pair: Pair, settings: Settings) -> Replayed | None:
+        """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
+        if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
+            return None
+        if settings.num_particles == 1:
+            settings = replace(settings, perturbation=settings.perturbation.toss())
+
+        def step(kl_weight: Tensor, call: Call) -> tuple[Any, Tensor | None]:
             total: Any = 0.0
             conditions = []
-            weight = kl_weight if self.kl_weight else 0.0
-            for particle in self._particles(law, weight, model, guide, args, kwargs):
+            for particle in self._particles(call, pair, settings, kl_weight if settings.kl_weight else None):
                 loss, holds = particle.unchecked()
-                total = total + loss / self.num_particles
+                total = total + loss / settings.num_particles
                 conditions += [] if holds is None else [holds]
             return total, torch.stack(conditions).all() if conditions else None
 
-        def first(*args: Any, **kwargs: Any) -> None:
-            for particle in self._particles(law, self.kl_weight, model, guide, args, kwargs):
+        def first() -> None:
+            for particle in self._particles(call, pair, settings):
                 particle.loss()
 
-        settings = law, self.kl_weight == 0, self.scale_gradient, self.scope, self.num_particles, checks.enabled()
-        weight = torch.tensor(self.kl_weight, dtype=torch.float64)
-        return self._replays.run(settings, (model, guide), first, step, self._state, weight, args, kwargs)
-
-    def _state(self) -> list[Tensor]:
-        return [] if self._memory is None else self._memory.tensors()
-
-    def _inspect(self, pair: Pair, run: GuideRun, model: Trace) -> None:
-        key = run.signature, signature(model)
-        if key in pair.valid:
-            return
-        self._check_hide(run)
-        if not (isinstance(self.perturbation, Gaussian) and self.kl_weight == 1):
-            refuse_enumerated_priors(model)
-        advise(pair, run.trace, model, run.sites, self)
-        validate(run.trace, model, self.max_plate_nesting)
-        pair.valid.add(key)
-
-    def _is_hidden(self, name: str) -> bool:
-        return self.hide(name) if callable(self.hide) else name in self.hide
-
-    def _check_hide(self, run: GuideRun) -> None:
-        if callable(self.hide):
-            return
-        unknown = [name for name in sorted(self.hide) if name not in run.trace.nodes]
-        if unknown:
-            there = [*run.sites, *(name for name in run.unperturbed if name in self.hide)]
-            raise ValueError(
-                f"hide must name sites of the guide, got {', '.join(unknown)}; its Gaussian sites are "
-                f"{', '.join(there)}."
-            )
+        return replayed(call, pair, settings, checks.enabled(), first, step)
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Trace, Trace]:
         """Return the traces of model and guide at the chosen noise; Pyro's abstract hook."""
-        step = next(iter(self._particles(self.perturbation, self.kl_weight, model, guide, args, kwargs))).step
-        run, trace = step.final_run(self.perturbation.noise(step), tracked=False, detach_scale=False)
-        return trace, run.trace
-
-    def _particles(
-        self,
-        law: Perturbation,
-        kl_weight: float | Tensor,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Iterator[Particle]:
-        if isinstance(poutine.unwrap(guide), Messenger):
-            raise ValueError(
-                f"guide {type(poutine.unwrap(guide)).__name__} is an effect handler, which cannot be run at a chosen "
-                "noise; use a guide that is called on its own, such as MeanFieldNormal."
-            )
-        pair = self._structures.of(model, guide)
-        run = _Run(law, pair, model, guide, args, kwargs)
-        together = self.vectorize_particles and self.num_particles > 1
-        if isinstance(guide, MeanFieldNormal):
-            guide.initialize(*args, **kwargs)
-        if together:
-            self._finite_max_plate_nesting(model, follow_minibatch(model, guide, args, kwargs), args, kwargs)
-        # with sync_ascent no rank may take a pass that others do not
-        ordinary = self.hide or self.sync_ascent or (together and self._memory is not None)
-        make_lean = None
-        if isinstance(guide, MeanFieldNormal) and not ordinary and guide.can_be_flat():
-            make_lean = partial(self._lean_step, run)
-        at_mean = self.scale_gradient == "mean" and law.ascends_from_mean
-        for _ in range(1 if together else self.num_particles):
-            yield Particle(partial(self._step, run), make_lean, pair, law, kl_weight, at_mean)
-
-    def _step(self, run: "_Run") -> Step:
-        guide = follow_minibatch(run.model, run.guide, run.args, run.kwargs)
-        nesting = partial(self._finite_max_plate_nesting, run.model, guide, run.args, run.kwargs)
-        together = self.num_particles if self.vectorize_particles else 1
-        return Step(
-            self._vectorized_num_particles(run.model) if together > 1 else run.model,
-            self._vectorized_num_particles(guide) if together > 1 else guide,
-            run.args,
-            run.kwargs,
-            num_particles=together,
-            law=run.law,
-            hidden=self._is_hidden,
-            scope=self.scope,
-            memory=None if self._memory is None else self._memory.of(run.pair),
-            sync_ascent=self.sync_ascent,
-            trace_model=partial(run.pair.enumeration.trace, first_dim=lambda: -1 - nesting()),
-            inspect=partial(self._inspect, run.pair),
-            is_new=not run.pair.valid,
-            noise_ends_there=run.pair.noise_ends_at_sites,
-        )
-
-    def _lean_step(self, run: "_Run", graph: bool) -> LeanStep | None:
-        guide: Any = run.guide
-        flat = guide.flat(graph=graph)
-        if flat is None:
-            return None
-        together = self.vectorize_particles and self.num_particles > 1
-        return LeanStep(
-            flat,
-            run.pair.known,
-            self._vectorized_num_particles(run.model) if together else run.model,
-            run.args,
-            run.kwargs,
-            lead=(self.num_particles, *[1] * (int(self.max_plate_nesting) - 1)) if together else (),
-            law=run.law,
-            scope=self.scope,
-            memory=None if self._memory is None else self._memory.of(run.pair),
-            finish=partial(guide.hand_out, flat),
-        )
-
-    def _finite_max_plate_nesting(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> int:
-        if self.max_plate_nesting == float("inf"):
-            with kept_buffers():
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
-        return int(self.max_plate_nesting)
+        call, pair = self._meet(Call(model, guide, args, kwargs), self._settings)
+        return next(iter(self._particles(call, pair, self._settings))).traces()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the passes of a particle have in common."""
-
-    law: Perturbation
-    pair: Pair
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+def _may_be_flat(call: Call, pair: Pair, settings: Settings) -> bool:
+    """Return whether a step may be a flat one; with ``sync_ascent`` no rank may take a pass that others do not."""
+    if not settings.fast or pair.slow or settings.hide or settings.sync_ascent:
+        return False
+    return isinstance(call.guide, MeanFieldNormal) and call.guide.can_be_flat()
 
 
-def _check_ascent(
-    perturbation: Perturbation, scale_gradient: str, ascent: str, ascent_decay: float, sync_ascent: bool, compile: bool
-) -> None:
-    if scale_gradient == "mean" and not perturbation.ascends_from_mean:
-        raise ValueError(
-            f"scale_gradient='mean' needs a gradient at the guide's mean, which {perturbation!r} never takes; "
-            "use perturbation=Adversarial() or MixSAM(), or scale_gradient='perturbed'."
-        )
-    if scale_gradient == "mean" and ascent == "previous":
-        raise ValueError("scale_gradient='mean' takes a fresh gradient at the mean; use ascent='fresh'.")
-    if not 0 <= finite("ascent_decay", ascent_decay) < 1:
-        raise ValueError(f"ascent_decay must be in [0, 1), got ascent_decay={ascent_decay!r}.")
-    if sync_ascent and (compile or ascent == "previous"):
-        raise ValueError("sync_ascent=True averages fresh gradients step by step; use ascent='fresh', compile=False.")
-    if sync_ascent and isinstance(perturbation, Mixture):
-        raise ValueError(
-            f"sync_ascent=True needs a law of the same passes everywhere, and processes of {perturbation!r} "
-            "may choose differently and wait for each other forever; use sync_ascent=False, or one law."
-        )
+def _backward(found: Evaluated, number: int, retain_graph: bool | None) -> None:
+    loss = found.loss
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        (loss / number if number > 1 else loss).backward(retain_graph=retain_graph)
+        found.finish()
 
 
-def _names(names: Collection[str]) -> frozenset[str]:
-    if isinstance(names, str):  # one name, not its letters
-        return frozenset([names])
-    if (
-        isinstance(names, Tensor)
-        or not isinstance(names, Collection)
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"hide must be a collection of site names or a predicate on names, got hide={names!r}.")
-    return frozenset(names)
+def _mean(values: tuple[Loss, ...]) -> Loss:
+    bare = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    total: Any = bare[0]
+    for value in bare[1:]:
+        total = total + value
+    return total / len(bare) if len(bare) > 1 else total
 
 
-def _number(loss: Tensor | float) -> float:
+def _number(loss: Loss) -> float:
     number: Any = torch_item(loss)
     warn_if_nan(number, "loss")
     return float(number)

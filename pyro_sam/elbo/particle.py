@@ -1,64 +1,71 @@
-"""The loss of one particle, or of all particles that are vectorised together."""
+"""The loss of one particle, or of all particles that are vectorised together: its back end and its checks."""
 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import NamedTuple, TypeVar
 
+import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState
-from pyro_sam._flat.passes import LeanStep
+from pyro_sam._flat.passes import FlatPasses, KnownModel
 from pyro_sam._flat.recorder import Surprise
 from pyro_sam._step import checks
+from pyro_sam._step.call import Call
 from pyro_sam._step.enumeration import enumerated_dims
-from pyro_sam._step.knowledge import Dependence, Pair, dependence, signature
-from pyro_sam._step.loss import data_loss, kl_loss, latent_sites, weighted
-from pyro_sam._step.passes import GuideRun, Step
+from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.loss import latent_sites
+from pyro_sam._step.memory import PreviousGradients
+from pyro_sam._step.minibatch import follow_minibatch
+from pyro_sam._step.ordinary import OrdinaryPasses
+from pyro_sam._step.passes import Loss, Passes
+from pyro_sam._step.settings import Settings
+from pyro_sam._step.signatures import kind_of_sites
+from pyro_sam._step.space import Space, Terms
+from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.perturbation import Gaussian, Perturbation
 
 T = TypeVar("T")
+PATIENCE = 3  # steps in a row that may fail to be flat before no more are tried
 
 
 class Evaluated(NamedTuple):
-    """A loss with its graph, its bare value, and what to call after its backward pass."""
+    """A loss with its graph, its bare value, its terms, and what to call after its backward pass."""
 
-    loss: Tensor | float
-    value: Tensor | float
+    loss: Loss
+    value: Loss
+    terms: Terms
     finish: Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Particle:
-    """One particle: its passes, and what is known of its model and guide.
+    """One particle.
 
     Args:
-        make_step: Makes the ordinary passes.
-        make_lean: Makes the lean ones, with a graph to the parameters or without, or None; None if there are none.
-        pair: What is known.
+        call: Model, guide and their arguments.
+        pair: What is known of model and guide.
+        settings: The estimator's settings.
         law: Chooses the noise.
-        kl_weight: Weight of the KL.
-        scale_at_mean: Whether the gradient of scale is the one at the mean.
+        kl_weight: Weight of the KL: the setting, or a tensor.
+        memory: Gradients of earlier steps, where the ascent climbs along them.
+        fast: Whether a flat back end may be taken.
     """
 
-    make_step: Callable[[], Step]
-    make_lean: Callable[[bool], LeanStep | None] | None
+    call: Call
     pair: Pair
+    settings: Settings
     law: Perturbation
     kl_weight: float | Tensor
-    scale_at_mean: bool
+    memory: PreviousGradients | None
+    fast: bool
 
-    @cached_property
-    def step(self) -> Step:
-        """The ordinary passes, made where they are needed."""
-        return self.make_step()
-
-    def loss(self, *, graph: bool = True) -> "Evaluated":
+    def loss(self, *, graph: bool = True) -> Evaluated:
         """Return the loss with its graph, and its bare value.
 
         Args:
@@ -69,128 +76,158 @@ class Particle:
             ValueError: If a value is one that torch's checks refuse; buffers are then as they were.
         """
         # a new pair of model and guide is met under torch's own checks, which point at the user's own line
-        evaluate = self._checked_afterwards if self.pair.valid and checks.enabled() else self._evaluate
-        return self._shortest(evaluate, graph=graph)
+        checked = len(self.pair.valid) and checks.enabled()
+        return self._shortest(self._checked_afterwards if checked else self._evaluate, graph=graph)
 
-    def unchecked(self) -> tuple[Tensor | float, Tensor | None]:
+    def unchecked(self) -> tuple[Loss, Tensor | None]:
         """Return the loss with its graph, and whether what torch would have checked holds (None if nobody asked)."""
-        with checks.postponed() if checks.enabled() else nullcontext():
-            return self._shortest(partial(self._take, with_conditions=checks.enabled()), graph=True)[:2]
 
-    def _shortest(self, take: Callable[[LeanStep | None], T], *, graph: bool) -> T:
-        """Take a lean step where that is possible, else an ordinary one; buffers stay if it raises.
+        def take(passes: Passes) -> tuple[Loss, Tensor | None]:
+            terms, holds = self._take(passes, [])
+            return terms.data + terms.kl, holds
 
-        A structure that is new is met, and checked, in an ordinary run at the mean that leaves no trace. So the numbers
-        of a training do not depend on which of its steps was the first, before or after an interruption.
+        return self._shortest(take, graph=True)
+
+    def ordinary(self) -> OrdinaryPasses:
+        """Return new ordinary passes."""
+        call = self.call
+        model, guide = call.model, follow_minibatch(call)
+        here = call.with_functions(model, guide)
+        if self.settings.together > 1:
+            here = call.with_functions(self._vectorised(model, here), self._vectorised(guide, here))
+        return OrdinaryPasses(
+            here, self.pair, self.settings, self.law, lambda: -1 - self.pair.nesting(self.settings, here)
+        )
+
+    def traces(self) -> tuple[Trace, Trace]:
+        """Return the traces of model and guide at the law's noise."""
+        passes = self.ordinary()
+        ran = passes.descend(self._space(passes).noise())
+        return ran.model, ran.guide.trace
+
+    # Which back end
+
+    def _shortest(self, take: Callable[[Passes], T], *, graph: bool) -> T:
+        """Take the step with flat passes where that is possible, else with ordinary ones; buffers stay if it raises.
+
+        A kind of model that is new is met, and checked, in an ordinary run at the mean that leaves no trace. So the
+        numbers of a training do not depend on which of its steps was the first, before or after an interruption.
         """
-        known = self.pair.known
-        if self.make_lean is not None and known.is_worth_a_try:
-            start = RandomState.capture()
+        pair = self.pair
+        if self.fast and pair.failures < PATIENCE:
+            start = RandomState.capture(self.call.streams)
             for is_rehearsed in (False, True):
-                lean = self.make_lean(graph)
-                if lean is not None and known.is_any and self._kl_is_known:
-                    try:
-                        with kept_buffers(on_error_only=True) as lean.buffers:
-                            return take(lean)
-                    except Surprise:
-                        start.restore()
+                if (found := self._take_flat(take, start, graph=graph)) is not None:
+                    pair.failures = 0
+                    return found[0]
                 if torch.is_inference_mode_enabled():  # has no graph to find out from: it says nothing of the model
                     break
                 if is_rehearsed:
-                    known.lose_patience()
+                    pair.failures += 1
                     break
                 self._rehearse()
                 start.restore()
-        with kept_buffers(on_error_only=True):
-            return take(None)
+        with kept_buffers(self.call.modules, on_error_only=True):
+            return take(self.ordinary())
 
-    @property
-    def _kl_is_known(self) -> bool:
-        """Whether the KL at the law's noise is the KL."""
+    def _take_flat(self, take: Callable[[Passes], T], start: RandomState, *, graph: bool) -> tuple[T] | None:
+        passes = self._flat(graph=graph)
+        if passes is None or not self._is_promising():
+            return None
+        buffers = passes.buffers
+        buffers.watch()
+        try:
+            return (take(passes),)
+        except Surprise:
+            buffers.restore()
+            start.restore()
+            return None
+        except BaseException:
+            buffers.restore()
+            raise
+        finally:
+            buffers.look_away()
+
+    def _is_promising(self) -> bool:
+        """Return whether any kind of run is known in which the KL at the law's noise is the KL."""
         unused = not isinstance(self.kl_weight, Tensor) and self.kl_weight == 0
-        return unused or isinstance(self.law, Gaussian) or self.pair.known.kl_ignores_noise
+        easy = unused or isinstance(self.law, Gaussian)
+        return any(known.has_all and (easy or known.kl_ignores_noise) for known in self.pair.known.values())
+
+    def _flat(self, *, graph: bool) -> FlatPasses | None:
+        guide = self.call.guide
+        flat = guide.flat(graph=graph) if isinstance(guide, MeanFieldNormal) else None
+        if flat is None or not isinstance(guide, MeanFieldNormal):
+            return None
+        call, lead = self.call, ()
+        if self.settings.together > 1:
+            call = call.with_functions(self._vectorised(call.model, call), guide)
+            lead = self.settings.together, *[1] * (self.pair.nesting(self.settings, self.call) - 1)  # type: ignore[assignment]
+        hand_out = guide.hand_out
+        return FlatPasses(call, flat, self.pair, self.settings, self.law, lead, lambda: hand_out(flat))
 
     def _rehearse(self) -> None:
-        with kept_buffers():
-            e = self.step.zeros()
-            run, model = self.step.final_run(e, tracked=not self.pair.dependence, detach_scale=False)
-            if enumerated_dims(model):
-                self.pair.known.give_up()
-            else:
-                priors = {name: site["fn"] for name, site in latent_sites(model).items()}
-                sees_noise = self._dependence(e, run, model).kl
-                self.pair.known.add(signature(model), priors, kl_ignores_noise=not sees_noise)
-        del vars(self)["step"]  # another run will have passes of its own
+        """Meet the model in an ordinary run at the mean, without a trace."""
+        passes, before = self.ordinary(), RandomState.capture(self.call.streams)
+        with kept_buffers(self.call.modules):
+            ran = passes.descend(passes.zeros())
+            with torch.enable_grad():
+                sees_noise = ran.sees_noise(ran.kl())
+        latents = latent_sites(ran.model).keys()
+        has_all = not enumerated_dims(ran.model) and set(ran.guide.sites) == set(latents)
+        key = frozenset(kind_of_sites(ran.model.nodes.values()))
+        self.pair.known.put(key, KnownModel(kl_ignores_noise=not sees_noise.kl, has_all=has_all))
+        self.pair.note_streams(before, self.call)
 
-    def _evaluate(self, lean: LeanStep | None) -> "Evaluated":
-        loss, _, _ = self._take(lean)
-        return Evaluated(loss, loss.detach() if isinstance(loss, Tensor) else loss, _finish(lean))
+    def _vectorised(self, function: Callable[..., object], call: Call) -> Callable[..., object]:
+        size, nesting = self.settings.together, self.pair.nesting(self.settings, call)
 
-    def _checked_afterwards(self, lean: LeanStep | None) -> "Evaluated":
+        def run(*args: object, **kwargs: object) -> object:
+            with pyro.plate("num_particles_vectorized", size, dim=-nesting):
+                return function(*args, **kwargs)
+
+        return run
+
+    # Its loss and its checks
+
+    def _space(self, passes: Passes) -> Space:
+        return Space(passes, self.law, self.settings, self.kl_weight, self.memory)
+
+    def _evaluate(self, passes: Passes) -> Evaluated:
+        space = self._space(passes)
+        terms = space.loss(space.noise())
+        return _evaluated(terms, passes)
+
+    def _checked_afterwards(self, passes: Passes) -> Evaluated:
         noise: list[Tensor] = []
         try:
-            with checks.postponed():
-                loss, holds, e = self._take(lean, noise, with_conditions=True)
+            terms, holds = self._take(passes, noise)
         except (IndexError, RuntimeError, ValueError):
-            self.step.check(noise[0] if noise else None)  # says it better, where a bad value is the cause
+            self.ordinary().check(noise[0] if noise else None)  # says it better, where a bad value is the cause
             raise
-        if holds is None or not isinstance(loss, Tensor):
-            return Evaluated(loss, loss.detach() if isinstance(loss, Tensor) else loss, _finish(lean))
+        found = _evaluated(terms, passes)
+        if holds is None or not isinstance(found.loss, Tensor):
+            return found
         # the step's one wait for the device
-        value, all_hold = torch.stack([loss.detach(), holds.to(loss)]).tolist()
+        value, all_hold = torch.stack([found.loss.detach(), holds.to(found.loss)]).tolist()
         if not (all_hold and math.isfinite(value)):
-            self.step.check(e)
-        return Evaluated(loss, value, _finish(lean))
+            self.ordinary().check(noise[0])
+        return found._replace(value=value)
 
-    def _take(
-        self, lean: LeanStep | None, noise: list[Tensor] | None = None, *, with_conditions: bool = False
-    ) -> tuple[Tensor | float, Tensor | None, Tensor]:
-        """Return the loss with its graph, whether its values hold, and the noise, which is put into ``noise`` early."""
-        e = self.law.noise(self.step if lean is None else lean)
-        if noise is not None:
-            noise.append(e)
-        if lean is None:
-            return *self.estimate(e, with_conditions=with_conditions), e
-        loss, run = lean.loss(e, self.kl_weight, scale_at_mean=self.scale_at_mean)
-        return loss, checks.conditions(run) if with_conditions else None, e
-
-    def estimate(self, e: Tensor, *, with_conditions: bool = False) -> tuple[Tensor | float, Tensor | None]:
-        """Return the loss at noise ``e``, and on demand whether what torch would have checked holds."""
-        ordinary = self.step.is_gaussian(e)
-        # the first time, the run keeps the noise in its graph to see whether the KL depends on it
-        first = not ordinary and not self.pair.dependence
-        run, model = self.step.final_run(e, tracked=first, detach_scale=self.scale_at_mean)
-        loss = data_loss(model)
-        if self.scale_at_mean:
-            loss = loss + _scale_gradient_at_mean(run, self.step.mean_gradients)
-        if isinstance(self.kl_weight, Tensor) or self.kl_weight != 0:
-            kl = kl_loss(run.trace, model) if ordinary else self._kl(e, run, model)
-            loss = loss + weighted(self.kl_weight, kl)
-        return loss, checks.conditions(run.trace, model) if with_conditions else None
-
-    def _kl(self, e: Tensor, run: GuideRun, model: Trace) -> Tensor | float:
-        sees_noise = self._dependence(e, run, model)
-        if not sees_noise.kl:
-            return kl_loss(run.trace, model)
-        run, model_there = self.step.gaussian_run(with_model=sees_noise.prior)
-        return kl_loss(run.trace, model if model_there is None else model_there)
-
-    def _dependence(self, e: Tensor, run: GuideRun, model: Trace) -> Dependence:
-        key = run.signature, signature(model)
-        if key not in self.pair.dependence:
-            has_graph = run.tracked and torch.is_grad_enabled()
-            tracked, its_model = (run, model) if has_graph else self.step.trial_run(e)
-            noise = [site.noise for site in tracked.sites.values()]
-            self.pair.dependence[key] = dependence(tracked.trace, its_model, noise)
-        return self.pair.dependence[key]
+    def _take(self, passes: Passes, noise: list[Tensor]) -> tuple[Terms, Tensor | None]:
+        """Return the loss's terms and whether its values hold; the noise is put into ``noise`` early."""
+        space = self._space(passes)
+        asked = checks.enabled()
+        with checks.silenced() if asked else nullcontext():
+            e = space.noise()
+        noise.append(e)
+        if not asked:
+            return space.loss(e), None
+        with checks.postponed() as conditions:
+            terms = space.loss(e)
+        return terms, conditions.hold()
 
 
-def _finish(lean: LeanStep | None) -> Callable[[], None]:
-    return (lambda: None) if lean is None else lean.finish
-
-
-def _scale_gradient_at_mean(run: GuideRun, mean_gradients: dict[str, Tensor]) -> Tensor | float:
-    """Return zero, with the gradient ``g(loc) * e`` to scale."""
-    terms = [(mean_gradients[name] * site.displacement).sum() for name, site in run.sites.items() if mean_gradients]
-    linear = sum(terms)
-    return linear - linear.detach() if isinstance(linear, Tensor) else 0.0
+def _evaluated(terms: Terms, passes: Passes) -> Evaluated:
+    loss = terms.data + terms.kl
+    return Evaluated(loss, loss.detach() if isinstance(loss, Tensor) else loss, terms, passes.finish)

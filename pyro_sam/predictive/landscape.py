@@ -10,10 +10,13 @@ from torch import Tensor
 
 from pyro_sam._base.arguments import one_of
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._base.random_state import RandomState, Streams, rewound
+from pyro_sam._base.surroundings import Surroundings
+from pyro_sam._step.call import Call
 from pyro_sam._step.enumeration import Enumeration
+from pyro_sam._step.handlers import NoiseMessenger, ReplayMessenger
 from pyro_sam._step.loss import data_loss
-from pyro_sam._step.sites import CoreNormal, NoiseMessenger, NoiseSite, ReplayMessenger, zero_noise
+from pyro_sam._step.sites import CoreNormal, NoiseSite, zero_noise
 from pyro_sam.predictive.streaming import check_pair
 
 Space = Literal["weight", "noise"]
@@ -43,10 +46,12 @@ class Landscape:
     ) -> None:
         one_of("space", space, SPACES)
         check_pair(model, guide)
-        self._model, self._guide, self._args = model, guide, args
-        self._start, self._held = RandomState.capture(), dict[str, Tensor]()
+        self._guide, self._args = guide, args
+        seen = Surroundings(model, guide, *args)
+        self._call = Call(model, guide, args, {}, Streams(own=tuple(seen.generators)), tuple(seen.modules))
+        self._start, self._held = RandomState.capture(self._call.streams), dict[str, Tensor]()
         self._enumeration = Enumeration()
-        with torch.no_grad(), rewound(self._start), kept_buffers():
+        with torch.no_grad(), rewound(self._start, self._call.streams), kept_buffers(self._call.modules):
             self._sites = self._run_guide(lambda name, core: zero_noise(core))[1]
         if not self._sites:
             raise ValueError(
@@ -65,10 +70,10 @@ class Landscape:
             name: part.reshape(site.noise.shape).to(site.noise)
             for (name, site), part in zip(self._sites.items(), e.split(sizes), strict=True)
         }
-        with rewound(self._start), kept_buffers():
+        with rewound(self._start, self._call.streams), kept_buffers(self._call.modules):
             trace = self._run_guide(lambda name, core: noise[name])[0]
             with ReplayMessenger(trace.nodes, self._held):
-                model = self._enumeration.trace(self._model, self._first_dim, self._args, {})
+                model = self._enumeration.trace(self._call, self._first_dim)
         loss: Any = data_loss(model)
         return loss if isinstance(loss, Tensor) else v.new_tensor(loss)
 
@@ -114,7 +119,7 @@ class Landscape:
 
     def _first_dim(self) -> int:
         elbo: Any = Trace_ELBO()
-        elbo._guess_max_plate_nesting(self._model, self._guide, self._args, {})
+        elbo._guess_max_plate_nesting(self._call.model, self._guide, self._args, {})
         return -1 - int(elbo.max_plate_nesting)
 
 

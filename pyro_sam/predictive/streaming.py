@@ -18,7 +18,7 @@ from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState, rewound
-from pyro_sam._step.sites import ReplayMessenger
+from pyro_sam._step.handlers import ReplayMessenger
 from pyro_sam.predictive.prediction import Prediction, SampledLikelihood
 
 # the name that Predictive(parallel=True) gives its plate, so that BayesianModule knows it for the particles'

@@ -1,53 +1,16 @@
-"""What a training loop can tell a user: the loss's terms, and advice on models that do not count what they should."""
+"""What a training loop can tell a user: advice on models that do not count what they should, and what is wrong."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import torch
-from pyro import poutine
 from pyro.infer import SVI
+from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._step.loss import data_loss, kl_loss, latent_sites
-from pyro_sam._step.minibatch import follow_minibatch
-from pyro_sam.training.checkpoint import random_states, restore_random_states
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The two terms of minus the ELBO at one Gaussian sample of the guide.
-
-    Args:
-        data: Minus the log likelihood, scaled as the model scales it.
-        kl: KL of the guide from the prior, or its estimate.
-        scales: Scale of each observed site: the size of the data over that of the batch, if a plate says so.
-    """
-
-    data: float
-    kl: float
-    scales: dict[str, float]
-
-
-def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | None:
-    """Return the terms of the loss, leaving no trace; None for a guide that does not sample all latents."""
-    states = random_states()
-    try:
-        with torch.no_grad(), kept_buffers():
-            guide = follow_minibatch(svi.model, svi.guide, args, kwargs)
-            run = poutine.trace(guide).get_trace(*args, **kwargs)
-            model = poutine.trace(poutine.replay(svi.model, trace=run)).get_trace(*args, **kwargs)
-    finally:
-        restore_random_states(states)
-    if not latent_sites(model).keys() <= run.nodes.keys():
-        return None
-    observed = [site for site in model.nodes.values() if site["type"] == "sample" and site["is_observed"]]
-    scales = {site["name"]: float(torch.as_tensor(site["scale"]).max()) for site in observed}
-    with torch.no_grad():
-        return Terms(float(data_loss(model)), float(kl_loss(run, model)), scales)
+from pyro_sam._base.cures import Data
+from pyro_sam.training.terms import terms
 
 
 def warn_of_unscaled_batches(svi: SVI, loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,25 +46,27 @@ def warn_of_takeover(before: set[str] | None, used: Mapping[str, Tensor]) -> Non
         )
 
 
-def has_nan(batch: Any) -> str:
-    """Return the name of the part of a batch that has a NaN, empty if none has."""
+def not_finite(batch: Any) -> str:
+    """Return which part of a batch has NaN or infinity, and in which row; empty if none has."""
     parts = (
         batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple | list) else [batch]))
     )
     for name, part in parts.items():
-        if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
-            return f"part {name!r}"
+        if where := Data([part]).not_finite():
+            return f"in part {name!r} of the batch {where}"
     return ""
 
 
-def elbo_of(svi: SVI) -> Any:
-    """Return the ELBO whose method the loss is; None for another function."""
-    return getattr(svi.loss, "__self__", None)
-
-
-def elbo_settings(svi: SVI) -> dict[str, str]:
-    """Return the settings of the loss as text."""
-    loss = elbo_of(svi)
-    public = {name: repr(value) for name, value in vars(loss).items() if not name.startswith("_")} if loss else {}
-    public.pop("max_plate_nesting", None)  # found out on the way
-    return {"class": type(loss).__name__, **public}
+def check_run(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
+    """Raise ValueError unless these are what a training run needs."""
+    if not isinstance(svi, SVI) or not isinstance(svi.optim, PyroOptim):
+        raise ValueError(
+            f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
+            f"got {svi!r}."
+        )
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
+    if type(num_epochs) is not int or num_epochs < 1:
+        raise ValueError(f"num_epochs must be a positive whole number, got num_epochs={num_epochs!r}.")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ValueError(f"callbacks must be a sequence of callables, got callbacks={callbacks!r}.")

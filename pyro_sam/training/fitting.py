@@ -27,8 +27,11 @@ def fit(
 
     Without a checkpoint it does what ``for batch in loader: svi.step(*batch)`` does, bit for bit. With one, a run that
     was killed goes on where its last checkpoint was written and ends with the parameters, bit for bit on a CPU, of a
-    run that was not. Under ``torch.distributed`` gradients are averaged over the processes, which start from the
-    first one's parameters; the first one writes the checkpoint.
+    run that was not. Under ``torch.distributed`` gradients and history are averaged over the processes, which start
+    from the first one's parameters and buffers; the first one writes the checkpoint, and a callback of any ends it.
+
+    An optimiser that evaluates the loss by itself, as ``torch.optim.LBFGS``, is run by :meth:`JointOptim.descend
+    <pyro_sam.optim.JointOptim.descend>`; loss, gradient norm and terms are those that its steps begin with.
 
     Schedulers are stepped after every epoch: Pyro's, and a :class:`~pyro_sam.optim.JointOptim`'s of interval
     ``"epoch"`` (``ReduceLROnPlateau`` gets the epoch's loss).
@@ -46,13 +49,17 @@ def fit(
 
     Returns:
         Lists with a number for each epoch: ``loss`` and ``grad_norm``, means over the epoch's steps (the norm before
-        clipping); ``data`` and ``kl``, the two terms of minus the ELBO at a sample of the guide, for the epoch's last
-        batch; ``lr``; ``seconds``.
+        clipping); ``data`` and ``kl``, the data term at the perturbed point and ``kl_weight`` times the KL, means over
+        the epoch's steps that add up to ``loss``; ``lr``; ``seconds``. Where a step does not tell its two terms, as a
+        compiled one or another ELBO, ``data`` and ``kl`` are those of minus the ELBO at a Gaussian sample of the guide
+        for the epoch's last batch; where they cannot be had in every epoch, they are left out.
     Raises:
         ValueError: If an argument is out of its range, the loader is empty or its batches do not fit the model.
-        CheckpointError: If there is a checkpoint, and neither it nor the one before can be used.
+        CheckpointError: If there is a checkpoint, and neither it nor the one before can be used, or processes find
+            different ones.
         FloatingPointError: If loss or gradient is not finite; parameters are as they were before that step.
-        KeyboardInterrupt: At Ctrl-C, after the step that is under way and a checkpoint; a second one at once.
+        KeyboardInterrupt: At Ctrl-C, after the step that is under way and a checkpoint (of a single process); a second
+            one at once.
     """
     flag("progress", progress)
     flag("resume", resume)

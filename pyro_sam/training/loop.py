@@ -3,37 +3,34 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_sam._base import ranks as distributed
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam.elbo.estimator import SAM_ELBO
 from pyro_sam.optim import JointOptim
 from pyro_sam.training import checkpoint as files
 from pyro_sam.training.advice import (
-    elbo_of,
-    elbo_settings,
-    has_nan,
+    check_run,
+    not_finite,
     store_before,
-    terms,
     warn_of_takeover,
     warn_of_unscaled_batches,
 )
 from pyro_sam.training.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
+from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, restore_elbo
 from pyro_sam.training.interrupt import deferred_interrupt
+from pyro_sam.training.optimisers import close_epoch, learning_rate, load_optim
 from pyro_sam.training.position import Position, arguments, check_arguments
 from pyro_sam.training.progress import progress as display
+from pyro_sam.training.terms import TermSums, mean_pair, terms
 from pyro_sam.training.trained import Trained
 
 History = dict[str, list[float]]
@@ -62,7 +59,7 @@ class Training:
         resume: bool,
         callbacks: Sequence[Callable[["Training"], Any]],
     ) -> None:
-        _check(svi, loader, num_epochs, callbacks)
+        check_run(svi, loader, num_epochs, callbacks)
         self.svi, self.loader, self.num_epochs = svi, loader, num_epochs
         self.history: History = {}
         self.epoch = self.batch = self.step = 0
@@ -76,13 +73,18 @@ class Training:
             )
         self._callbacks = tuple(callbacks)
         self._trained, self._position = Trained(), Position(loader)
-        self._sums = {"loss": 0.0, "grad_norm": 0.0}
+        self._sums, self._terms = {"loss": 0.0, "grad_norm": 0.0}, TermSums()
         self._whole, self._stopped, self._seconds = True, False, 0.0
         self._written: int | None = None  # the step of the last checkpoint
         self._saved = files.read_last(self.checkpoint.path) if self.checkpoint and resume else None
 
     def run(self, *, progress: bool) -> None:
         """Train to the end."""
+        if len(set(distributed.gathered(self._saved and self._saved["step"]))) > 1:
+            raise CheckpointError(
+                f"the processes find different checkpoints at {self.checkpoint and self.checkpoint.path}; use a path "
+                "that all of them see, or resume=False to start anew."
+            )
         now = self._resume(self._saved) if self._saved else None
         self._saved = None
         total = len(self.loader) if hasattr(self.loader, "__len__") else None
@@ -96,6 +98,8 @@ class Training:
                 while self.epoch < self.num_epochs and not self._stopped:
                     self._epoch(now, interrupted)
                     now = None
+                if interrupted():  # since the last step
+                    raise KeyboardInterrupt
         except BaseException as error:
             for param in self._trained.params.values():
                 param.grad = None
@@ -122,7 +126,8 @@ class Training:
         self._whole = False
         self._close_epoch()
         self._whole = True
-        self._stopped = any([callback(self) is True for callback in self._callbacks])  # noqa: C419  # all are called
+        wanted = [callback(self) is True for callback in self._callbacks]  # all are called
+        self._stopped = any(distributed.gathered(any(wanted)))  # by one process, and the others would wait for it
         self._save()
 
     def _step(self, batch: Any) -> None:
@@ -132,38 +137,52 @@ class Training:
         if first:
             self._meet(batch)
         try:
-            if isinstance(svi.optim, JointOptim) and svi.optim.needs_closure:
-                loss, norm = svi.optim.minimize(svi, *args, **kwargs), math.nan
-            else:
-                loss, norm = self._gradient_step(args, kwargs, modules=first)
+            loss, norm, pair = self._move(args, kwargs)
         except (FloatingPointError, ValueError) as error:
-            if name := has_nan(batch):
-                raise FloatingPointError(self._not_finite(f"{name} of the batch has NaN")) from error
+            if where := not_finite(batch):
+                raise FloatingPointError(self._not_finite(where)) from error
             raise
         self.batch, self.step, self._position.last = self.batch + 1, self.step + 1, batch
         self._sums["loss"] += loss
         self._sums["grad_norm"] += norm
+        self._terms.add(pair)
         if first:
             warn_of_takeover(before, self._trained.params)
             warn_of_unscaled_batches(svi, self.loader, args, kwargs)
-        self._display.update({**self._means(), **{key: self.history[key][-1] for key in ("data", "kl") if self.epoch}})
+        known = [name for name in ("data", "kl") if name in self.history]
+        self._display.update({**self._means(), **{name: self.history[name][-1] for name in known}})
 
-    def _gradient_step(self, args: Any, kwargs: Any, *, modules: bool) -> tuple[float, float]:
-        """Do what ``SVI.step`` does, but look at the gradient in between."""
+    def _move(self, args: Any, kwargs: Any) -> tuple[float, float, Any]:
+        """Take a step; return loss, gradient's norm and the loss's two terms where it began."""
+        optim, found = self.svi.optim, []
+
+        def evaluate() -> tuple[float, dict[str, Tensor]]:
+            loss, norm, used = self._evaluate_gradient(args, kwargs)
+            found.append((loss, norm, getattr(elbo_of(self.svi), "_last_terms", None)))
+            return loss, used
+
+        if isinstance(optim, JointOptim) and optim.needs_closure:
+            optim.descend(evaluate)
+        else:
+            params = set(evaluate()[1].values())
+            optim(params)
+            pyro.infer.util.zero_grads(params)
+        return found[0]
+
+    def _evaluate_gradient(self, args: Any, kwargs: Any) -> tuple[float, float, dict[str, Tensor]]:
+        """Return loss, gradient's norm, and the parameters whose gradients are now the means over all processes."""
         svi, known = self.svi, len(self._trained.params)
-        with self._trained.found(modules=modules) as used:
+        with self._trained.found(modules=self.step == 0) as used:
             loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
         if len(self._trained.params) != known and isinstance(svi.optim, JointOptim):
             svi.optim.name_parameters(self._trained.params.items())
-        params = list({id(param): param for _, param in sorted(used.items())}.values())
+        params = list({id(param): param for _, param in sorted(used.items())}.values())  # once each
         distributed.average_gradients(params)
         loss = distributed.mean_number(float(loss))
         norm = float(clip_grad_norm_(params, math.inf))  # changes nothing
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._not_finite(f"the loss is {loss:g} and its gradient's norm {norm:g}"))
-        svi.optim(set(params))
-        pyro.infer.util.zero_grads(params)
-        return loss, norm
+        return loss, norm, used
 
     def _meet(self, batch: Any) -> None:
         """Look at the first batch, and let all processes start from the first one's parameters."""
@@ -171,6 +190,7 @@ class Training:
         if distributed.is_on():
             self._evaluate(batch)
             distributed.broadcast(self._trained.params)
+            distributed.broadcast(self._trained.buffers())
 
     def _evaluate(self, batch: Any) -> None:
         """Evaluate the loss, so that all parameters exist and are known."""
@@ -184,17 +204,28 @@ class Training:
         return {name: total / self.batch for name, total in self._sums.items()}
 
     def _close_epoch(self) -> None:
-        optim, found = self.svi.optim, terms(self.svi, *arguments(self._position.last))
-        values = {**self._means(), "data": found.data, "kl": found.kl} if found else self._means()
-        for name, value in {**values, "lr": _learning_rate(optim), "seconds": self._seconds}.items():
+        optim = self.svi.optim
+        values = {**self._means(), **self._mean_terms()}
+        for name, value in {**values, "lr": learning_rate(optim), "seconds": self._seconds}.items():
             self.history.setdefault(name, []).append(value)
-        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._sums, self._terms = dict.fromkeys(self._sums, 0.0), TermSums()
         self.epoch, self.batch, self._seconds = self.epoch + 1, 0, 0.0
-        if isinstance(optim, PyroLRScheduler) or (
-            isinstance(optim, JointOptim) and optim.scheduler_interval == "epoch"
-        ):
-            _step_scheduler(optim, values["loss"])
+        close_epoch(optim, values["loss"])
         self._display.epoch(values)
+
+    def _mean_terms(self) -> dict[str, float]:
+        """Return the epoch's data term and KL, from its last batch if need be; nothing if one epoch has none."""
+        names = ("data", "kl")
+        pair = self._terms.means(self.batch, self._means()["loss"])
+        if pair is None:
+            last = terms(self.svi, *arguments(self._position.last))
+            pair = mean_pair(None if last is None else [last.data, last.kl])
+        if pair is None:
+            for name in names:
+                self.history.pop(name, None)
+        if pair is None or (self.history and not self.history.keys() >= set(names)):
+            return {}
+        return dict(zip(names, pair, strict=True))
 
     def _not_finite(self, what: str) -> str:
         last = "no checkpoint was kept"
@@ -214,11 +245,12 @@ class Training:
         content = {
             **{name: getattr(self, name) for name in _KEPT},
             "random": distributed.gathered(now),
+            "terms": distributed.gathered(self._terms.state()),
             "start": distributed.gathered(now if self.batch == 0 else self._position.start),
             "trained": self._trained.state(),
             "optim": self.svi.optim.get_state(),
             "elbo": elbo_settings(self.svi),
-            "ascent": distributed.gathered(self._elbo_state()),
+            "ascent": distributed.gathered(elbo_state(self.svi)),
             "versions": files.versions(),
         }
         if distributed.rank() > 0:
@@ -229,10 +261,6 @@ class Training:
             warnings.warn(f"no checkpoint was written at step {self.step}, training goes on: {error}.", stacklevel=2)
         else:
             self._written = self.step
-
-    def _elbo_state(self) -> dict[str, Any]:
-        elbo = elbo_of(self.svi)
-        return dict(elbo.state_dict()) if isinstance(elbo, SAM_ELBO) else {}
 
     def _resume(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Put everything into a saved state; return the random states to go on from."""
@@ -248,20 +276,12 @@ class Training:
         check_arguments(self.svi.model, batch)
         self._evaluate(batch)
         self._trained.restore(saved["trained"])
-        _load_optim(self.svi.optim, self._trained.params, saved["optim"])
+        load_optim(self.svi.optim, self._trained.params, saved["optim"])
         for name in _KEPT:
             setattr(self, name, saved[name])
-        here = elbo_settings(self.svi)
-        changed = [
-            f"{name}: {saved['elbo'].get(name)} then, {here[name]} now"
-            for name in here
-            if here[name] != saved["elbo"].get(name)
-        ]
-        if changed:
-            warnings.warn(f"the loss is not the one of the checkpoint ({'; '.join(changed)}).", stacklevel=2)
-        elbo, ascent = elbo_of(self.svi), saved["ascent"][distributed.rank()]
-        if isinstance(elbo, SAM_ELBO) and not changed:
-            elbo.load_state_dict(ascent)
+        if self.batch:  # checkpoints of an older version have no sums
+            self._terms.load(saved["terms"][distributed.rank()] if "terms" in saved else None)
+        restore_elbo(self.svi, saved["elbo"], saved["ascent"][distributed.rank()])
         self._written, self._position.last = self.step, batch
         self._position.start = saved["start"][distributed.rank()]
         return saved["random"][distributed.rank()]
@@ -272,49 +292,3 @@ _NO_BATCH = (
     "loader must give batches in every epoch, got none in epoch {}; a generator is used up after one: pass a list or a "
     "DataLoader, and see that drop_last leaves a batch."
 )
-
-
-def _check(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
-    if not isinstance(svi, SVI) or not isinstance(svi.optim, PyroOptim):
-        raise ValueError(
-            f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
-            f"got {svi!r}."
-        )
-    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
-        raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
-    if type(num_epochs) is not int or num_epochs < 1:
-        raise ValueError(f"num_epochs must be a positive whole number, got num_epochs={num_epochs!r}.")
-    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise ValueError(f"callbacks must be a sequence of callables, got callbacks={callbacks!r}.")
-
-
-def _load_optim(optim: PyroOptim, params: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Let an optimiser know its parameters, and load its state; the epoch may close before the next step."""
-    for param in params.values():
-        param.grad = None  # a step without gradients moves nothing, but makes what holds the states
-    if isinstance(optim, JointOptim):
-        optim.name_parameters(params.items())
-        optim(set(params.values()), lambda: 0.0)
-        optim.set_state(state)
-        return
-    optim(list(params.values()))
-    for name, param in params.items():
-        own, kept = optim.optim_objs[param], state[name]
-        if hasattr(own, "optimizer"):
-            own.load_state_dict(kept["scheduler"])
-            own, kept = own.optimizer, kept["optimizer"]
-        own.load_state_dict(kept)
-
-
-def _torch_optimizer(optim: Any) -> Any:
-    first = next(iter(optim.optim_objs.values()))
-    return getattr(first, "optimizer", first)
-
-
-def _learning_rate(optim: PyroOptim) -> float:
-    return float(_torch_optimizer(optim).param_groups[0].get("lr", math.nan))
-
-
-def _step_scheduler(optim: Any, loss: float) -> None:
-    scheduler = optim.scheduler if isinstance(optim, JointOptim) else next(iter(optim.optim_objs.values()))
-    optim.step(*[loss] if isinstance(scheduler, ReduceLROnPlateau) else [])

@@ -38,17 +38,21 @@ class Trained:
         try:
             with poutine.trace(param_only=True) as capture:
                 yield used
-        finally:
+        finally:  # an error may leave gradients in some of them
             if hook is not None:
                 hook.remove()
-        sites: Any = capture.trace.nodes.items()
-        used.update({name: site["value"].unconstrained() for name, site in sites if site["type"] == "param"})
-        self.params.update(used)
+            sites: Any = capture.trace.nodes.items()
+            used.update({name: site["value"].unconstrained() for name, site in sites if site["type"] == "param"})
+            self.params.update(used)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the values by name."""
         params = {name: param.detach() for name, param in self.params.items()}
-        return {"params": params, "buffers": {name: buffer.detach() for name, buffer in self._buffers()}}
+        return {"params": params, "buffers": {name: buffer.detach() for name, buffer in self.buffers().items()}}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers of the modules that ran."""
+        return dict(self._buffers())
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Copy values into parameters and buffers.
@@ -56,7 +60,7 @@ class Trained:
         Raises:
             CheckpointError: If they are others, or of other shapes.
         """
-        for kind, own in (("params", self.params), ("buffers", dict(self._buffers()))):
+        for kind, own in (("params", self.params), ("buffers", self.buffers())):
             saved = state[kind]
             odd = saved.keys() ^ own.keys() or {name for name in own if saved[name].shape != own[name].shape}
             if odd:

@@ -1,18 +1,22 @@
-"""First mistakes that raise no error but train the wrong thing, seen in the traces of a new model and guide."""
+"""The look at a new structure of model and guide: do they fit together, and is it what the user meant?"""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_sam._base.vectorised import PARTICLE_PLATES
-from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.enumeration import depends_on, enumerated_dims
 from pyro_sam._step.loss import latent_sites
+from pyro_sam._step.settings import Settings
+from pyro_sam._step.signatures import signature
 from pyro_sam._step.sites import NoiseSite
 from pyro_sam.perturbation import Mixture, Perturbation
 
@@ -21,32 +25,99 @@ _FAR = 1.0
 _MANY = 100
 
 
-def advise(pair: Pair, guide: Trace, model: Trace, sites: Mapping[str, NoiseSite], settings: Any) -> None:
-    """Warn of what is most likely a mistake. Called where a structure of traces is new, so it costs nothing per step.
+def inspect(pair: Any, settings: Settings, run: Any, model: Trace) -> None:
+    """Look at a run of guide and model, unless the like of it was looked at before.
 
     Args:
         pair: What is known of model and guide.
-        guide: Trace of the guide.
-        model: Trace of the model.
-        sites: Perturbed sites of the guide's run.
-        settings: The estimator.
+        settings: The estimator's settings.
+        run: The guide's run.
+        model: The model's trace.
     Raises:
-        ValueError: If the guide samples what the model observes.
+        ValueError: If the two do not fit together, or the settings do not fit them.
     """
+    key = signature(run.trace), signature(model), settings.is_evidence, settings.hide
+    if pair.valid.get(key):
+        return
+    _check_hide(settings, run)
+    if not settings.is_evidence:
+        _refuse_enumerated_priors(model)
+    _advise(pair, run, model, settings)
+    if is_validation_enabled():
+        nesting: Any = pair.known_nesting(settings)  # Pyro's annotation forgets infinity
+        check_model_guide_match(model, run.trace, nesting)
+        _warn_of_order(run.trace, model)
+        for trace in map(prune_subsample_sites, (run.trace, model)):
+            trace.compute_log_prob()
+            check_shapes(trace.nodes.values(), nesting)
+    pair.valid.put(key, True)
+
+
+def check_shapes(sites: Iterable[Any], nesting: float = float("inf")) -> None:
+    """Check by Pyro's rules that sites whose log probability is known have its shape from their plates.
+
+    Raises:
+        ValueError: If one has not.
+    """
+    for site in sites:
+        if site["type"] == "sample":
+            check_site_shape(site, nesting)  # type: ignore[arg-type]
+
+
+def warn_of_sizes(pair: Any, settings: Settings, sites: Mapping[str, Any], latents: Collection[str]) -> None:
+    """Warn where a plate's size follows the batch's, in a run of a model whose ``latents`` are in no plate."""
+    if settings.kl_weight == 1 and torch.is_grad_enabled() and is_validation_enabled():
+        _warn_of_missing_scale(_data_sites(sites), [set()] if latents else [], pair.plate_sizes)
+
+
+def _advise(pair: Any, run: Any, model: Trace, settings: Settings) -> None:
     if not is_validation_enabled():
         return
-    _refuse_observed_latents(guide, model)
-    kl_weight = settings.kl_weight if isinstance(settings.kl_weight, float | int) else None
-    if not pair.valid:
+    _refuse_observed_latents(run.trace, model)
+    if not len(pair.valid):
         _warn_of_no_data(model)
         _warn_of_repeated_data(model)
-        together = settings.num_particles if settings.vectorize_particles else 1
-        _warn_of_far_noise(sites, settings.perturbation, together)
-        if kl_weight:
-            _warn_of_twofold_weight(model, kl_weight)
+        _warn_of_far_noise(run.sites, settings.perturbation, settings.together)
+        if settings.kl_weight:
+            _warn_of_twofold_weight(model, settings.kl_weight)
     # without gradients it is an evaluation, maybe of other data
-    if kl_weight == 1 and torch.is_grad_enabled():
-        _warn_of_missing_scale(model, pair.plate_sizes)
+    if settings.kl_weight == 1 and torch.is_grad_enabled():
+        latents = [{frame.name for frame in _data_plates(site)} for site in latent_sites(model).values()]
+        _warn_of_missing_scale(_data_sites(model.nodes), latents, pair.plate_sizes)
+
+
+def _check_hide(settings: Settings, run: Any) -> None:
+    if callable(settings.hide):
+        return
+    unknown = [name for name in sorted(settings.hide) if name not in run.trace.nodes]
+    if unknown:
+        there = [*run.sites, *(name for name in run.unperturbed if name in settings.hide)]
+        raise ValueError(
+            f"hide must name sites of the guide, got {', '.join(unknown)}; its Gaussian sites are {', '.join(there)}."
+        )
+
+
+def _refuse_enumerated_priors(model: Trace) -> None:
+    """Refuse latents whose prior depends on an enumerated site: likelihood and KL are then one term."""
+    dims = enumerated_dims(model)
+    for name, site in latent_sites(model).items():
+        if depends_on(site, dims):
+            raise ValueError(
+                f"the prior of latent site '{name}' depends on a site that is summed out, so that KL and likelihood "
+                "are one term; only Gaussian() with kl_weight=1 can do that. Write the prior as a mixture, for "
+                "example dist.MixtureSameFamily."
+            )
+
+
+def _warn_of_order(guide: Trace, model: Trace) -> None:
+    latents = latent_sites(model)
+    in_guide = [name for name in guide.nodes if name in latents]
+    if in_guide != list(latents):
+        _warn(
+            f"The guide samples its sites in the order {in_guide}, the model in the order {list(latents)}. A closed "
+            "form KL is right only if a site's parents in the model are not its descendants in the guide; use the "
+            "model's order in the guide to be sure."
+        )
 
 
 def _refuse_observed_latents(guide: Trace, model: Trace) -> None:
@@ -60,7 +131,7 @@ def _refuse_observed_latents(guide: Trace, model: Trace) -> None:
 
 
 def _warn_of_no_data(model: Trace) -> None:
-    if any(_data_sites(model)):
+    if any(_data_sites(model.nodes)):
         return
     # without subsampling it may well be meant so
     latents = latent_sites(model).items()
@@ -73,7 +144,7 @@ def _warn_of_no_data(model: Trace) -> None:
 
 
 def _warn_of_repeated_data(model: Trace) -> None:
-    for name, site in _data_sites(model):
+    for name, site in _data_sites(model.nodes):
         fn, value = site["fn"], site["value"]
         if not (fn.event_shape and isinstance(value, Tensor) and value.shape == fn.event_shape):
             continue
@@ -87,7 +158,7 @@ def _warn_of_repeated_data(model: Trace) -> None:
 
 
 def _warn_of_twofold_weight(model: Trace, kl_weight: float) -> None:
-    for _, site in _data_sites(model):
+    for _, site in _data_sites(model.nodes):
         for frame in _data_plates(site):
             rows, full = frame.size, frame.full_size or frame.size
             if rows >= full:
@@ -104,9 +175,8 @@ def _warn_of_twofold_weight(model: Trace, kl_weight: float) -> None:
                     return
 
 
-def _warn_of_missing_scale(model: Trace, sizes: dict[str, int]) -> None:
-    latents = [{frame.name for frame in _data_plates(site)} for site in latent_sites(model).values()]
-    for name, site in _data_sites(model):
+def _warn_of_missing_scale(data: Iterable[tuple[str, Any]], latents: Sequence[set[str]], sizes: dict[str, int]) -> None:
+    for name, site in data:
         for frame in _data_plates(site):
             full = frame.full_size or frame.size
             if all(frame.name in plates for plates in latents):  # no KL but that of the batch's own latents
@@ -136,10 +206,10 @@ def _warn_of_far_noise(sites: Mapping[str, NoiseSite], law: Perturbation, num_pa
         )
 
 
-def _data_sites(model: Trace) -> Iterator[tuple[str, Any]]:
+def _data_sites(sites: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return (
         (name, site)
-        for name, site in model.nodes.items()
+        for name, site in sites.items()
         if site["type"] == "sample" and site["is_observed"] and not (site["infer"] or {}).get("_deterministic")
     )
 

@@ -1,0 +1,242 @@
+"""What a function can see besides its arguments: closures, globals, objects, modules; and whether any of it changed.
+
+Only what Python shows is found: a number that a function reads off a file, say, is not.
+"""
+
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterable
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+
+from pyro_sam._base.random_state import is_generator
+
+# by value: they are equal where they are not the same object
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_FOREIGN = frozenset({"torch", "pyro", "numpy", "pyro_sam", *sys.stdlib_module_names} - {"__main__"})
+_LIMIT = 2000  # things looked at
+_LONG = 256  # entries of a collection
+_SMALL = 1 << 16  # bytes of an array
+
+
+class _Part(NamedTuple):
+    """Something that holds values: how to read them, what they were, and how to put one back."""
+
+    read: Callable[[], list[Any]]
+    known: list[Any]
+    put: Callable[[int, Any], None] | None
+
+
+class Surroundings:
+    """What some functions and objects can see.
+
+    Args:
+        roots: The functions and objects.
+    Attributes:
+        modules: The torch modules among it.
+        generators: The random streams among it.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self.modules: list[nn.Module] = []
+        self.generators: list[Any] = []
+        self._parts: list[_Part] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self._seen: dict[int, Any] = {}
+        self._todo: list[Any] = list(roots)
+        while self._todo and len(self._seen) < _LIMIT:
+            item = self._todo.pop()
+            if not isinstance(item, PLAIN) and id(item) not in self._seen:
+                self._seen[id(item)] = item
+                self._visit(item)
+        del self._todo
+
+    def is_same(self) -> bool:
+        """Return whether everything is what it was."""
+        for read, known, _ in self._parts:
+            values = read()
+            if len(values) != len(known):
+                return False
+            if not all(map(operator.is_, values, known)) and not all(map(_alike, values, known)):
+                return False
+        return all(array.tobytes() == content for array, content in self._arrays)
+
+    def restore(self) -> None:
+        """Put plain values back, such as a counter of runs."""
+        for read, known, put in self._parts:
+            values = read()
+            if put is None or len(values) != len(known):
+                continue
+            for i, (value, was) in enumerate(zip(values, known, strict=True)):
+                if value is not was and isinstance(was, PLAIN):
+                    put(i, was)
+
+    def _visit(self, item: Any) -> None:
+        if is_generator(item):
+            self.generators.append(item)
+            return
+        for kinds, visit in self._VISITS:
+            if isinstance(item, kinds):
+                visit(self, item)
+                return
+        if not _is_foreign(type(item).__module__):
+            self._visit_object(item)
+
+    def _visit_module(self, item: nn.Module) -> None:
+        self.modules.append(item)
+        foreign = _is_foreign(type(item).__module__)
+        # torch's and Pyro's modules note things for themselves
+        names = [
+            n for n, v in vars(item).items() if not (foreign and (n.startswith("_") or isinstance(v, dict | list)))
+        ]
+        names += [] if foreign else [_NEW]
+        self._add(_Part(read := functools.partial(_of_module, item, names), read(), _put_into(vars(item), names)))
+        self._todo += [each for each in item._modules.values() if each is not None]
+        if not foreign:
+            self._todo += [vars(item)[name] for name in names if name is not _NEW and name not in _INTERNAL]
+            self._todo.append(type(item))
+
+    def _visit_tensor(self, item: Tensor) -> None:
+        """A tensor is seen where it is used."""
+
+    def _visit_array(self, item: Any) -> None:
+        if item.nbytes <= _SMALL:
+            self._arrays.append((item, item.tobytes()))
+
+    def _visit_method(self, item: MethodType) -> None:
+        self._todo += [item.__self__, item.__func__]
+
+    def _visit_partial(self, item: Any) -> None:
+        self._watch(lambda: [item.func, *item.args, *item.keywords.values()])
+
+    def _visit_function(self, item: FunctionType) -> None:
+        if not _is_foreign(item.__module__) or item.__closure__:
+            cells, names = _cells(item), _global_names(item)
+
+            def put(i: int, value: Any) -> None:
+                if i < len(cells):
+                    cells[i].cell_contents = value
+                elif i < len(cells) + len(names):
+                    item.__globals__[names[i - len(cells)]] = value
+
+            self._watch(functools.partial(_of_function, item, cells, names), put)
+
+    def _visit_dict(self, item: dict[Any, Any]) -> None:
+        keys = list(item)
+        self._watch_entries(item, lambda: list(item.values()), lambda i, value: item.__setitem__(keys[i], value))
+
+    def _visit_list(self, item: list[Any]) -> None:
+        self._watch_entries(item, lambda: list(item), item.__setitem__)
+
+    def _visit_entries(self, item: Any) -> None:
+        self._watch_entries(item, lambda: list(item), None)
+
+    def _visit_type(self, item: type) -> None:
+        if not _is_foreign(item.__module__):
+            self._watch(lambda: list(vars(item).values()))
+
+    def _visit_object(self, item: Any) -> None:
+        if hasattr(item, "__dict__"):
+            self._watch(lambda: list(vars(item).values()), _put_into(vars(item), list(vars(item))))
+        self._todo.append(type(item))
+
+    def _watch_entries(self, item: Any, read: Callable[[], list[Any]], put: Any) -> None:
+        self._watch(*((lambda: [len(item)], None) if len(item) > _LONG else (read, put)))
+
+    def _watch(self, read: Callable[[], list[Any]], put: Callable[[int, Any], None] | None = None) -> None:
+        self._add(part := _Part(read, read(), put))
+        self._todo += part.known
+
+    def _add(self, part: _Part) -> None:
+        self._parts.append(part)
+
+    _VISITS: tuple[tuple[Any, Any], ...] = (
+        (nn.Module, _visit_module),
+        (Tensor, _visit_tensor),
+        (np.ndarray, _visit_array),
+        (MethodType, _visit_method),
+        (functools.partial, _visit_partial),
+        (FunctionType, _visit_function),
+        (dict, _visit_dict),
+        (list, _visit_list),
+        ((tuple, set, frozenset), _visit_entries),
+        (type, _visit_type),
+        ((Messenger, Distribution, Transform), _visit_object),
+    )
+
+
+def _alike(value: Any, known: Any) -> bool:
+    """Return whether two values are one, or equal and plain."""
+    if value is known:
+        return True
+    return type(value) is type(known) and isinstance(value, PLAIN) and bool(value == known)
+
+
+def _put_into(owner: dict[str, Any], names: list[str]) -> Callable[[int, Any], None]:
+    def put(i: int, value: Any) -> None:
+        if i < len(names) and names[i] is not _NEW:
+            owner[names[i]] = value
+
+    return put
+
+
+def _of_module(module: nn.Module, names: Iterable[str]) -> list[Any]:
+    """Return what a module holds, itself and in torch's collections."""
+    own = vars(module)
+    found = [len(own) if name is _NEW else own.get(name) for name in names]
+    for name in _COLLECTIONS:
+        if held := own.get(name):
+            found += held.values()
+    return found
+
+
+_COLLECTIONS = (
+    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+    "_backward_pre_hooks",
+)  # fmt: skip
+_NEW = "(number of attributes)"  # an attribute may hide one of the class
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _of_function(function: FunctionType, cells: Iterable[Any], names: Iterable[str]) -> list[Any]:
+    known = function.__globals__
+    found = [cell.cell_contents if _is_filled(cell) else None for cell in cells]
+    found += [known.get(name) for name in names]
+    return [*found, function.__code__, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _cells(function: FunctionType) -> list[Any]:
+    return list(function.__closure__ or ())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # raises where the variable is not set yet
+    except ValueError:
+        return False
+    return True
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    return [name for name in _names(function.__code__) if name in function.__globals__]
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """Return the names that code looks up, functions inside of it included."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names.update(dict.fromkeys(_names(constant)))
+    return tuple(names)
+
+
+def _is_foreign(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _FOREIGN

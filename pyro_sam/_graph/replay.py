@@ -1,0 +1,235 @@
+"""Captured steps, and what each of them depends on."""
+
+import logging
+import math
+import operator
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_sam._base.surroundings import PLAIN, Surroundings
+from pyro_sam._graph.capture import Captured, capture
+from pyro_sam._graph.draws import CannotCapture
+from pyro_sam._step.call import Call
+from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.settings import Settings
+
+log = logging.getLogger(__name__)
+_PAYS = 10  # replays of a capture
+_VARIANTS = 4  # captures of one form of the arguments, as of a network in training and not
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay gave: the loss, and the gradient of each parameter."""
+
+    loss: Tensor
+    value: float
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+
+    def differentiable(self) -> Tensor:
+        """Return the loss as a function of the parameters."""
+        loss: Any = _GivenGradients.apply(self.loss, self.gradients, *self.parameters)
+        return loss
+
+    def accumulate(self) -> float:
+        """Add the gradients to ``.grad`` of the parameters, and return the loss."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return self.value
+
+
+class Variant:
+    """A captured step with all that it depends on besides the form of its arguments.
+
+    Args:
+        captured: The step.
+        call: The call that it was captured from.
+        state: Other tensors that it writes to.
+    """
+
+    def __init__(self, captured: Captured, call: Call, state: Sequence[Tensor]) -> None:
+        self._captured, self._state, self.uses = captured, list(state), 0
+        self._seen = Surroundings(call.model, call.guide, *captured.modules)
+        self._forms = [_form(leaf) for leaf in captured.leaves]
+        self._constraints = _constraints(captured.statements)
+        self._shown: dict[str, Tensor] = {}
+        for name, leaf in captured.statements.items():
+            self._shown[name] = leaf.detach()
+            self._shown[name].unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+        modules = {id(m): m for m in (*captured.modules, *self._seen.modules)}.values()
+        self._written = [b for module in modules for b in module._buffers.values() if b is not None] + self._state
+
+    def is_current(self, state: Sequence[Tensor]) -> bool:
+        """Return whether all of it is as it was."""
+        if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
+            return False
+        store: Any = pyro.get_param_store()
+        if not pyro.settings.get("module_local_params"):
+            statements = self._captured.statements
+            if not all(store._params.get(name) is leaf for name, leaf in statements.items()):
+                return False
+            if _constraints(statements) != self._constraints:
+                return False
+        if [_form(leaf) for leaf in self._captured.leaves] != self._forms:
+            return False
+        return self._seen.is_same() and all(tensor.item() == value for tensor, value in self._captured.reads)
+
+    def has_hooks(self) -> bool:
+        """Return whether somebody asked autograd to be called at a parameter."""
+        leaves: Sequence[Any] = self._captured.targets
+        return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
+
+    def run(self, inputs: Sequence[Tensor]) -> Replayed | None:
+        """Replay the step; None if its values are not finite or fail torch's checks, and buffers are then put back."""
+        self.uses += 1
+        before = [tensor.clone() for tensor in self._written]
+        with torch.no_grad():
+            loss, holds, *gradients = self._captured.graph(*inputs)
+        # the step's one wait for the device
+        value, all_hold = torch.stack([loss, holds.to(loss)]).tolist()
+        if not (all_hold and math.isfinite(value)):
+            for tensor, value_before in zip(self._written, before, strict=True):
+                tensor.copy_(value_before)
+            return None
+        if poutine.runtime.am_i_wrapped():
+            # the statements by which SVI knows what to optimise
+            for name, shown in self._shown.items():
+                effectful(lambda *_, shown=shown, **__: shown, type="param")(name, event_dim=None, name=name)
+        taken = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *self._captured.leaves)}
+        return Replayed(loss, value, self._captured.targets, [_own(gradient, taken) for gradient in gradients])
+
+
+@dataclass
+class _Form:
+    """What is known of one form of the arguments: its captures, the latest first, or that there can be none."""
+
+    variants: list[Variant] = field(default_factory=list)
+    refused: bool = False
+
+
+def replayed(
+    call: Call,
+    pair: Pair,
+    settings: Settings,
+    asked: bool,
+    first: Callable[[], None],
+    step: Callable[[Tensor, Call], tuple[Any, Tensor | None]],
+) -> Replayed | None:
+    """Return a step as its capture gives it, captured first where it is a new one; None if it cannot be captured.
+
+    Args:
+        call: Model, guide and arguments.
+        pair: What is known of them.
+        settings: The estimator's settings.
+        asked: Whether torch's checks of values are on.
+        first: Takes an ordinary step; it raises where the values are wrong.
+        step: Maps the KL's weight and a call to the loss, and whether the values pass torch's checks.
+    """
+    leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
+        return None
+    key = settings.graph_key(), asked, _environment(), str(spec), tuple(map(_static, leaves)), _aliases(tensors)
+    form = pair.graphs.get(key) or pair.graphs.put(key, _Form())
+    if form.refused:
+        return None
+    variant = next((each for each in form.variants if each.is_current(_state(pair))), None)
+    inputs = [torch.tensor(settings.kl_weight, dtype=torch.float64), *tensors]
+    if variant is None:
+
+        def fill(weight: Tensor, *given: Tensor) -> tuple[Any, Tensor | None]:
+            filled = iter(given)
+            args, kwargs = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], spec)
+            return step(weight, replace(call, args=args, kwargs=kwargs))
+
+        try:
+            _refuse(form, leaves)
+            captured = capture(call, first, fill, lambda: _state(pair), inputs)
+        except CannotCapture as reason:
+            log.warning("compile=True: the step is not compiled, because %s.", reason)
+            form.refused = True
+            return None
+        variant = Variant(captured, call, _state(pair))
+        form.variants = [variant, *form.variants[: _VARIANTS - 1]]
+    return None if variant.has_hooks() else variant.run(inputs)
+
+
+def _state(pair: Pair) -> list[Tensor]:
+    return [] if pair.memory is None else pair.memory.tensors()
+
+
+def _refuse(form: _Form, leaves: Sequence[Any]) -> None:
+    """Refuse what cannot be watched.
+
+    Raises:
+        CannotCapture: If there is such a thing.
+    """
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *PLAIN)):
+            raise CannotCapture(f"an argument is of type {type(leaf).__name__}, whose content may change unseen")
+        if isinstance(leaf, Tensor) and (type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided):
+            raise CannotCapture(f"an argument is a {type(leaf).__name__} of layout {leaf.layout}")
+    if len(form.variants) == _VARIANTS and all(variant.uses < _PAYS for variant in form.variants):
+        raise CannotCapture("what the model sees besides its arguments, or a setting, changes every few steps")
+
+
+def _environment() -> Hashable:
+    """Return what torch's operations depend on."""
+    autocast = [(torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()), torch.is_autocast_cpu_enabled()]
+    return (
+        *autocast,
+        torch.get_autocast_cpu_dtype(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        bool(pyro.settings.get("module_local_params")),
+    )
+
+
+def _static(leaf: Any) -> Hashable:
+    # 1, 1.0 and True are equal, and NaN is not
+    return _form(leaf) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+
+
+def _form(tensor: Tensor) -> Hashable:
+    strides = tensor.stride() if tensor.layout == torch.strided else None
+    return tensor.shape, strides, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _aliases(tensors: Sequence[Tensor]) -> Hashable:
+    """Return which tensors are one."""
+    return tuple(next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors)
+
+
+def _constraints(statements: Mapping[str, Tensor]) -> list[Any]:
+    store: Any = pyro.get_param_store()
+    return [store._constraints.get(name) for name in statements]
+
+
+def _own(gradient: Tensor, taken: set[int]) -> Tensor:
+    """Return a gradient in memory that nothing else uses: it becomes a parameter's ``.grad``."""
+    place = gradient.untyped_storage().data_ptr()
+    if place in taken or gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size():
+        return gradient.clone(memory_format=torch.contiguous_format)
+    taken.add(place)
+    return gradient
+
+
+class _GivenGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(outer * gradient for gradient in ctx.gradients))

@@ -1,0 +1,57 @@
+"""One call of the estimator, as one value."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_sam._base.random_state import Streams
+from pyro_sam._base.surroundings import PLAIN
+
+
+@dataclass(frozen=True)
+class Call:
+    """A model and a guide, and the arguments of both.
+
+    Args:
+        model: Called with ``args`` and ``kwargs``.
+        guide: Likewise.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        streams: The random streams that its passes share, besides torch's default ones.
+        modules: Modules that it may write to without calling them.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    streams: Streams = field(default_factory=Streams)
+    modules: tuple[Any, ...] = ()
+
+    @property
+    def key(self) -> tuple[Hashable, Hashable]:
+        """The functions themselves: ``obj.method`` is another object at each mention, and equal to itself."""
+        return _key(self.model), _key(self.guide)
+
+    def run_model(self) -> Any:
+        """Run the model."""
+        return self.model(*self.args, **self.kwargs)
+
+    def run_guide(self) -> Any:
+        """Run the guide."""
+        return self.guide(*self.args, **self.kwargs)
+
+    def with_functions(self, model: Callable[..., Any], guide: Callable[..., Any]) -> "Call":
+        """Return the call with other functions, such as the same ones under a handler."""
+        return replace(self, model=model, guide=guide)
+
+    def objects(self) -> list[Any]:
+        """Return the arguments that are neither tensors nor plain values: they may hold anything."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if not isinstance(leaf, (Tensor, *PLAIN))]
+
+
+def _key(function: Any) -> Hashable:
+    return function if isinstance(function, Hashable) else id(function)

@@ -1,0 +1,183 @@
+"""The sentinel: now and then a fast step is also taken the ordinary way, and the two must give the same."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.surroundings import Surroundings
+from pyro_sam._step.call import Call
+from pyro_sam._step.knowledge import Pair
+
+T = TypeVar("T")
+
+
+def is_due(count: int) -> bool:
+    """Return whether a pair's fast step of this number, from 1, is looked at: the 2nd, 4th, 8th, ..., each 1000th."""
+    return count > 1 and (count % 1000 == 0 if count > 1000 else count & (count - 1) == 0)
+
+
+@dataclass(frozen=True)
+class _Taken(Generic[T]):
+    """What a step gave: the loss as the caller wants it, its value, and a gradient per leaf."""
+
+    loss: T
+    value: float
+    gradients: list[Tensor | None]
+
+
+def watched(pair: Pair, call: Call, fast: Callable[[], float], ordinary: Callable[[], float]) -> float:
+    """Take a fast step, and check it by an ordinary one that leaves no trace.
+
+    Where the two differ by more than rounding, the ordinary numbers are used, and the pair takes no more fast steps.
+
+    Args:
+        pair: What is known of model and guide.
+        call: The step's model, guide and arguments.
+        fast: Takes the fast step, adds gradients to ``.grad`` and returns the loss.
+        ordinary: Takes the ordinary step, likewise.
+    """
+    leaves = _leaves(pair, call)
+    before = [leaf.grad for leaf in leaves]
+
+    def read(step: Callable[[], float]) -> _Taken[float]:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = step()
+        return _Taken(loss, loss, [leaf.grad for leaf in leaves])
+
+    try:
+        loss = _watched(pair, call, leaves, partial(read, fast), partial(read, ordinary))
+    except BaseException:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+        raise
+    for leaf, gradient in zip(leaves, before, strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else gradient.add_(leaf.grad)
+    return loss
+
+
+def watched_loss(pair: Pair, call: Call, fast: Callable[[], Any], ordinary: Callable[[], Any]) -> Any:
+    """Do the same for functions that return the loss with its graph."""
+    leaves = _leaves(pair, call)
+
+    def read(step: Callable[[], Any]) -> _Taken[Any]:
+        loss = step()
+        has_graph = isinstance(loss, Tensor) and loss.requires_grad
+        found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) if has_graph and leaves else ()
+        return _Taken(loss, float(loss), list(found) if found else [None] * len(leaves))
+
+    return _watched(pair, call, leaves, partial(read, fast), partial(read, ordinary))
+
+
+def _watched(
+    pair: Pair,
+    call: Call,
+    leaves: Sequence[Tensor],
+    fast: Callable[[], "_Taken[T]"],
+    ordinary: Callable[[], "_Taken[T]"],
+) -> T:
+    start, memory = RandomState.capture(call.streams), [tensor.clone() for tensor in _memory(pair)]
+
+    def rewind() -> None:
+        start.restore()
+        for i, tensor in enumerate(_memory(pair)):
+            tensor.copy_(memory[i]) if memory else tensor.zero_()
+
+    seen = Surroundings(call.model, call.guide)
+    with _silent(), kept_buffers(call.modules):
+        right = ordinary()
+    end = RandomState.capture(call.streams)
+    rewind()
+    if not seen.is_same():  # say, a model that counts its runs: does its number matter?
+        with _silent(), kept_buffers(call.modules):
+            again = ordinary()
+        rewind()
+        seen.restore()
+        if what := _difference(again, right, leaves):
+            _give_up(pair, f"a second run of the same step changes it: {what}")
+            return ordinary().loss
+    with kept_buffers(call.modules, on_error_only=True) as buffers:
+        taken = fast()
+        what = _difference(taken, right, leaves)
+        if not what and end.fingerprint() != RandomState.capture(call.streams).fingerprint():
+            what = "torch's random stream ends elsewhere"
+        if not what:
+            return taken.loss
+        buffers.restore()
+    _give_up(pair, what)
+    rewind()
+    return ordinary().loss
+
+
+def _leaves(pair: Pair, call: Call) -> list[Tensor]:
+    """Return every tensor that a step may give a gradient to."""
+    found: list[Tensor] = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
+    for module in (*pair.surroundings(call).modules, call.model, call.guide):
+        if isinstance(module, nn.Module):
+            found += module.parameters()
+    found += [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
+    return list({id(leaf): leaf for leaf in found if leaf.requires_grad and leaf.is_leaf}.values())
+
+
+def _memory(pair: Pair) -> list[Tensor]:
+    return [] if pair.memory is None else pair.memory.tensors()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Let no handler around the step, such as SVI's trace of parameters, hear of what is done twice."""
+    with warnings.catch_warnings(), poutine.block():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _difference(taken: _Taken[Any], right: _Taken[Any], leaves: Sequence[Tensor]) -> str:
+    """Return what differs by more than rounding, in words; empty if nothing does."""
+    tol = _tolerance(leaves)
+    if not math.isclose(taken.value, right.value, rel_tol=tol, abs_tol=tol):
+        both_wrong = not (math.isfinite(taken.value) or math.isfinite(right.value))
+        return "" if both_wrong else f"the loss is {taken.value:.8g}, and {right.value:.8g} the ordinary way"
+    whole = math.hypot(*[_norm(g) for g in right.gradients])
+    names = {id(leaf): name for name, leaf in pyro.get_param_store().named_parameters()}
+    for leaf, a, b in zip(leaves, taken.gradients, right.gradients, strict=True):
+        off = _norm(b) if a is None else _norm(a) if b is None else _norm(a - b)
+        if math.isfinite(whole) and off > 10 * tol * _norm(b) + tol * whole:
+            name = names.get(id(leaf), "a module's parameter or an argument")
+            return f"the gradient of '{name}' differs by {off:.3g}, its norm being {_norm(b):.3g}"
+    return ""
+
+
+def _tolerance(leaves: Sequence[Tensor]) -> float:
+    if torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled():
+        return 1e-1
+    widths = {leaf.dtype: torch.finfo(leaf.dtype).eps for leaf in leaves if leaf.is_floating_point()}
+    return float(max(widths.values(), default=1e-16)) ** 0.5  # 1e-8 in double, 3e-4 in single precision
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else float(gradient.detach().double().norm())
+
+
+def _give_up(pair: Pair, what: str) -> None:
+    pair.slow = what
+    warnings.warn(
+        f"A shortened step gave other numbers than the ordinary one ({what}), so only ordinary steps are taken from now "
+        "on for this model and guide, and their numbers are used. The model most likely reads something that changes "
+        "between its runs, such as a counter, a file or a random stream of its own; give such values as arguments. "
+        "SAM_ELBO(fast=False) takes ordinary steps from the start.",
+        UserWarning,
+        stacklevel=4,
+    )
