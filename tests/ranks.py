@@ -11,14 +11,14 @@ from uuid import uuid4
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_sam as ps
 from pyro_sam._base.ranks import average_gradients, mean_number
-from pyro_sam.training.checkpoint import Checkpoint
+from pyro_sam.training.checkpoint import Checkpoint, CheckpointError
 
 N = 16
 
@@ -132,6 +132,76 @@ def fit(
     keep = Checkpoint(checkpoint, every=1) if checkpoint else None
     history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep)
     return {**values(guide), "loss": torch.tensor(history["loss"])}
+
+
+def lbfgs(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Train by LBFGS with a line search under ``ps.fit``, each rank on its share of the rows."""
+    model, guide, x, y = setting()
+    share = slice(rank * N // ranks, (rank + 1) * N // ranks)
+    optim = ps.optim.JointOptim(torch.optim.LBFGS, {"max_iter": 4, "line_search_fn": "strong_wolfe"})
+    history = ps.fit(SVI(model, guide, optim, loss=ps.SAM_ELBO(ps.Mean())), [(x[share], y[share])], 5, progress=False)
+    return {**values(guide), "loss": torch.tensor(history["loss"]), "grad_norm": torch.tensor(history["grad_norm"])}
+
+
+class Telling(ps.SAM_ELBO):
+    """Tells the rank's own two terms of each step."""
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        loss = super().loss_and_grads(*args, **kwargs)
+        self._last_terms = (torch.tensor(0.75 * loss), torch.tensor(0.25 * loss))
+        return loss
+
+
+def history(rank: int, ranks: int, telling: bool) -> dict[str, Tensor]:
+    """Train on shares, and return the history and what the last terms of this rank alone are."""
+    model, guide, x, y = setting()
+    batch = x[rank::ranks], y[rank::ranks]
+    elbo = Telling(ps.Mean()) if telling else TraceMeanField_ELBO()
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 0.0}), loss=elbo)
+    found = ps.fit(svi, [batch], 2, progress=False)
+    return {
+        **{name: torch.tensor(found[name]) for name in ("loss", "data", "kl")},
+        "own": torch.tensor(float(svi.loss_and_grads(model, guide, *batch))),
+    }
+
+
+def one_stops(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Train with a callback that ends it on the last rank."""
+    model, guide, x, y = setting()
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 1e-3}), loss=ps.SAM_ELBO())
+    found = ps.fit(svi, [(x, y)], 5, progress=False, callbacks=[lambda run: rank == ranks - 1 and run.epoch == 2])
+    return {"epochs": torch.tensor(len(found["loss"]))}
+
+
+def features(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Train a model on random features, which seeds apart make others."""
+    pyro.set_rng_seed(rank)
+    embed = nn.Linear(2, 3).requires_grad_(False)
+    embed.register_buffer("shift", torch.randn(3))
+    embed.register_forward_hook(lambda module, args, out: out.cos() + module.shift)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", N):
+            pyro.sample("obs", dist.Normal(embed(x) @ w, 0.5), obs=y)
+
+    _, _, x, y = setting(rank)
+    svi = SVI(model, ps.MeanFieldNormal(model), ps.optim.JointOptim(torch.optim.SGD, {"lr": 1e-3}), loss=ps.SAM_ELBO())
+    ps.fit(svi, [(x, y)], 1, progress=False)
+    return {"shift": embed.shift}
+
+
+def apart(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
+    """Resume from a checkpoint that rank 0 alone finds; return whether it is refused."""
+    model, guide, x, y = setting()
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 1e-3}), loss=ps.SAM_ELBO())
+    path = Path(folder) / f"checkpoint{rank}"
+    ps.fit(svi, [(x, y)], 1, progress=False, checkpoint=path)
+    try:
+        ps.fit(svi, [(x, y)], 2, progress=False, checkpoint=path)
+    except CheckpointError as error:
+        return {"refused": torch.tensor("different checkpoints" in str(error))}
+    return {"refused": torch.tensor(False)}
 
 
 def mean(rank: int, ranks: int) -> dict[str, Tensor]:

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
 from torch import Tensor
 from trainee import killed, train
 
+import pyro_sam as ps
 from pyro_sam.training import checkpoint
 from pyro_sam.training.checkpoint import FORMAT, MAGIC, CheckpointError, previous, random_states, read, read_last, write
+from pyro_sam.training.estimator import elbo_settings
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +110,78 @@ def test_a_finished_run_is_read_and_not_trained_on(tmp_path: Path) -> None:
     assert_equal(train(tmp_path / "c", 2, after_step=kill_at(1)), finished)
     longer = train(tmp_path / "c", 3)
     assert_equal(longer, train(None, 3))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_an_optimiser_that_needs_a_closure_goes_on_as_if_undisturbed(local: bool, tmp_path: Path) -> None:
+    straight = train(None, 4, optim="lbfgs", local=local)
+    train(tmp_path / "a", 2, optim="lbfgs", local=local)
+    assert_equal(train(tmp_path / "a", 4, optim="lbfgs", local=local), straight)
+    with pytest.raises(Killed):  # in the second of a step's three evaluations
+        train(tmp_path / "b", 4, optim="lbfgs", local=local, after_step=kill_at(3 * 8 + 2))
+    assert read(tmp_path / "b")["step"] == 8
+    assert_equal(train(tmp_path / "b", 4, optim="lbfgs", local=local), straight)
+
+
+def test_means_over_an_interrupted_epoch_are_those_of_all_its_steps(tmp_path: Path) -> None:
+    straight = train(None, 3, split=(0.75, 0.25))
+    torch.testing.assert_close(straight["data"], 0.75 * straight["history"])
+    torch.testing.assert_close(straight["kl"], 0.25 * straight["history"])
+    with pytest.raises(Killed):
+        train(tmp_path / "c", 3, split=(0.75, 0.25), after_step=kill_at(8))
+    assert_equal(train(tmp_path / "c", 3, split=(0.75, 0.25)), straight)
+
+
+def test_a_checkpoint_without_sums_of_the_terms_goes_on_with_those_of_the_last_batch(tmp_path: Path) -> None:
+    straight, last = train(None, 3, split=(0.75, 0.25)), train(None, 3)
+    assert not torch.isclose(straight["kl"], last["kl"]).any()
+    with pytest.raises(Killed):
+        train(tmp_path / "c", 3, split=(0.75, 0.25), after_step=kill_at(8))
+    content = read(tmp_path / "c")
+    del content["terms"]
+    write(tmp_path / "c", content)
+    resumed = train(tmp_path / "c", 3, split=(0.75, 0.25))
+    for name in ("data", "kl"):  # the interrupted epoch is the second
+        assert torch.equal(resumed.pop(name), torch.stack([straight[name][0], last[name][1], straight[name][2]]))
+        straight.pop(name)
+    assert_equal(resumed, straight)
+
+
+def svi(**settings: Any) -> SVI:
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(w, 1.0), obs=x)
+
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.5), ascent="previous", **settings)
+    return SVI(model, ps.MeanFieldNormal(model), ps.optim.JointOptim(torch.optim.SGD, {"lr": 0.01}), elbo)
+
+
+def test_settings_are_the_same_text_in_every_process() -> None:
+    one, other = (svi(hide=lambda name: name == "v") for _ in range(2))  # both alive: at two addresses
+    assert elbo_settings(one) == elbo_settings(other)
+    names = [f"site{i}" for i in range(20)]
+    assert elbo_settings(svi(hide=names))["hide"] == "frozenset({" + ", ".join(map(repr, sorted(names))) + "})"
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_is_no_change(tmp_path: Path) -> None:
+    batches = [(torch.ones(()),)]
+    ps.fit(svi(), batches, 1, progress=False, checkpoint=tmp_path / "c")
+    content = read(tmp_path / "c")
+    assert content["elbo"].pop("num_particles") == "1"
+    write(tmp_path / "c", content)
+    pyro.clear_param_store()
+    ps.fit(svi(), batches, 2, progress=False, checkpoint=tmp_path / "c")  # a warning would be an error
+
+
+def test_the_ascent_goes_on_where_another_setting_of_the_loss_has_changed(tmp_path: Path) -> None:
+    before, after, batches = svi(kl_weight=0.5), svi(kl_weight=0.75), [(torch.ones(()),)]
+    ps.fit(before, batches, 2, progress=False, checkpoint=tmp_path / "c")
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match=r"not the one of the checkpoint \(kl_weight: 0\.5 then, 0\.75 now\)"):
+        ps.fit(after, batches, 2, progress=False, checkpoint=tmp_path / "c")
+    kept, restored = (each.loss.__self__.state_dict()["ascent"] for each in (before, after))
+    assert kept
+    assert_equal(restored, kept)
 
 
 # Files

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import pyro_sam as ps
-from pyro_sam._base.ranks import average_gradients, mean_over_ranks
+from pyro_sam._base.ranks import average_gradients, mean_over_ranks, number_device
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -70,6 +70,44 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
 def test_fit_starts_all_ranks_alike_and_keeps_them_so(tmp_path: Path) -> None:
     a, b = launch(2, tmp_path, "fit", 5)
     assert_close(a, b)
+
+
+def test_lbfgs_on_half_batches_takes_the_steps_of_one_process_on_the_whole(tmp_path: Path) -> None:
+    whole = launch(1, tmp_path, "lbfgs")[0]
+    a, b = launch(2, tmp_path, "lbfgs")
+    assert_close(a, b)
+    assert_close(a, whole, 1e-7)
+
+
+@pytest.mark.parametrize("telling", [True, False])
+def test_the_terms_in_the_history_are_means_over_ranks(telling: bool, tmp_path: Path) -> None:
+    a, b = launch(2, tmp_path, "history", telling)
+    own = [found.pop("own") for found in (a, b)]
+    assert_close(a, b)
+    if telling:  # the rate is zero, and the loss has no noise
+        assert a["data"].tolist() == pytest.approx([0.375 * float(sum(own))] * 2, rel=1e-12)
+        assert a["kl"].tolist() == pytest.approx([0.125 * float(sum(own))] * 2, rel=1e-12)
+
+
+def test_a_callback_that_ends_training_on_one_rank_ends_it_on_all(tmp_path: Path) -> None:
+    assert [int(found["epochs"]) for found in launch(2, tmp_path, "one_stops")] == [2, 2]
+
+
+def test_all_ranks_start_from_the_first_ones_buffers(tmp_path: Path) -> None:
+    a, b = launch(2, tmp_path, "features")
+    assert_close(a, b)
+
+
+def test_a_checkpoint_that_not_all_ranks_find_is_refused_by_all(tmp_path: Path) -> None:
+    assert [bool(found["refused"]) for found in launch(2, tmp_path, "apart", str(tmp_path))] == [True, True]
+
+
+@pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda"), ("gloo", "cpu")])
+def test_numbers_are_sent_from_a_device_that_the_backend_knows(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    assert number_device().type == device
 
 
 def test_a_rank_that_dies_fails_the_job_and_the_run_resumes_to_the_same_end(tmp_path: Path) -> None:

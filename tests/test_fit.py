@@ -1,6 +1,7 @@
 """fit is the loop of SVI.step, with a history, callbacks, and errors that say what to do."""
 
 import builtins
+import copy
 import os
 import signal
 import threading
@@ -14,7 +15,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, config_enumerate
 from soak import soak
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -25,6 +27,7 @@ from pyro_sam.optim import JointOptim
 from pyro_sam.training.checkpoint import Checkpoint, read
 from pyro_sam.training.fitting import EarlyStopping
 from pyro_sam.training.loop import Training
+from pyro_sam.training.terms import TermSums
 
 N = 12
 
@@ -97,7 +100,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 
 def test_data_term_and_kl_are_those_of_pyro_where_the_guide_is_a_point() -> None:
-    svi = build(dropout=0.0)
+    svi = build(optim=JointOptim(torch.optim.SGD, {"lr": 0.0}), dropout=0.0)  # the terms are those before the step
     svi.guide = ps.MeanFieldNormal(svi.model, init_scale=1e-6, learn_scale=False)
     batch = data().tensors
     history = fit(svi, [batch], 1)
@@ -209,6 +212,184 @@ def test_lbfgs_trains_under_fit() -> None:
     assert history["loss"][-1] < history["loss"][0] / 2
 
 
+class Smooth(ps.SAM_ELBO):
+    """A loss without noise, some of whose evaluations are wrong."""
+
+    def __init__(self, *wrong: int) -> None:
+        super().__init__(ps.Mean())
+        self._wrong, self.calls = wrong, 0
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        self.calls += 1
+        loss = super().loss_and_grads(*args, **kwargs)
+        return float("nan") if self.calls in self._wrong else loss
+
+
+def lbfgs(**args: Any) -> JointOptim:
+    return JointOptim(torch.optim.LBFGS, {"max_iter": 4, "line_search_fn": "strong_wolfe", **args})
+
+
+def test_lbfgs_under_fit_is_torchs_own_bit_for_bit() -> None:
+    batches = [tuple(part[rows] for part in data().tensors) for rows in (slice(0, 6), slice(6, N))]
+    svi, losses, norms = build(Smooth(), dropout=0.0), [], []
+    svi.guide(*batches[0])
+    named = dict(sorted(pyro.get_param_store().named_parameters()))
+    torchs = torch.optim.LBFGS(named.values(), max_iter=4, line_search_fn="strong_wolfe")
+    for batch in batches * 2:
+
+        def closure(batch: Any = batch) -> Any:
+            torchs.zero_grad()
+            loss = svi.loss_and_grads(svi.model, svi.guide, *batch)
+            closure.norms.append(float(torch.cat([each.grad.flatten() for each in named.values()]).norm()))
+            return loss
+
+        closure.norms = []  # type: ignore[attr-defined]
+        losses.append(float(torchs.step(closure)))
+        norms.append(closure.norms[0])  # type: ignore[attr-defined]
+    straight = params()
+    restart()
+    history = fit(build(Smooth(), lbfgs(), dropout=0.0), batches)
+    assert_equal(params(), straight)
+    assert history["loss"] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-14)
+    assert history["grad_norm"] == pytest.approx([sum(norms[:2]) / 2, sum(norms[2:]) / 2], rel=1e-12)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_loss_that_is_nan_anywhere_in_a_line_search_undoes_the_step(evaluation: int) -> None:
+    svi = build(Smooth(), lbfgs(), dropout=0.0)
+    fit(svi, [data().tensors], 1)
+    kept, state = params(), copy.deepcopy(svi.optim.get_state()["optimizer"]["state"])
+    elbo = Smooth(evaluation)
+    again = SVI(svi.model, svi.guide, svi.optim, elbo)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .*in epoch 1 at batch 1\. The parameters are those"):
+        fit(again, [data().tensors], 1)
+    assert elbo.calls == evaluation
+    assert_equal(params(), kept)
+    torch.testing.assert_close(svi.optim.get_state()["optimizer"]["state"], state, rtol=0, atol=0)
+    assert all(param.grad is None for _, param in pyro.get_param_store().named_parameters())
+
+
+def test_a_gradient_that_is_nan_stops_lbfgs_before_the_step() -> None:
+    def rough(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("likelihood", -((w - 1) ** 2) - ((x * (w + 1)) ** 2).sqrt())  # no gradient at x = 0
+
+    kept: dict[str, Tensor] = {}
+
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            yield torch.ones(())
+            kept.update(params())
+            yield torch.zeros(())
+
+    svi = SVI(rough, ps.MeanFieldNormal(rough), lbfgs(), Smooth())
+    with pytest.raises(FloatingPointError, match=r"gradient's norm nan, in epoch 1 at batch 2"):
+        fit(svi, Batches(), 1)
+    assert_equal(params(), kept)
+
+
+# The loss's two terms
+
+
+class Telling(ps.SAM_ELBO):
+    """Tells the two terms of each step, found from the loss and torch's KL; not in the steps named."""
+
+    def __init__(self, *silent: int, off: float = 0.0, tensors: bool = True) -> None:
+        super().__init__(ps.Mean(), kl_weight=0.5)
+        self._silent, self._off, self._tensors, self._calls, self.told = silent, off, tensors, 0, []
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        self._calls += 1
+        loss, kl = super().loss_and_grads(model, guide, *args, **kwargs), 0.5 * float(kl_of(guide))
+        self.told.append((loss - kl, kl))
+        pair = (loss - kl, kl + self._off)
+        told = tuple(map(torch.tensor, pair)) if self._tensors else pair
+        self._last_terms = None if self._calls in self._silent else told
+        return loss
+
+
+def kl_of(guide: Any) -> Tensor:
+    with torch.no_grad():
+        sites = poutine.trace(guide).get_trace(*data().tensors).nodes.values()
+        found = [site["fn"] for site in sites if site["type"] == "sample"]
+        normals = [each.base_dist if isinstance(each, dist.Independent) else each for each in found]
+        return sum(
+            (torch.distributions.kl_divergence(each, dist.Normal(torch.zeros(()), 1.0)).sum() for each in normals),
+            start=torch.zeros(()),
+        )
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_data_term_and_kl_are_means_that_add_up_to_the_loss(tensors: bool) -> None:
+    elbo = Telling(tensors=tensors)
+    history = fit(build(elbo, dropout=0.0), loader(), 2)
+    for index, name in enumerate(("data", "kl")):
+        told = [pair[index] for pair in elbo.told]
+        assert history[name] == pytest.approx([sum(told[:3]) / 3, sum(told[3:]) / 3], rel=1e-12)
+    sums = [data + kl for data, kl in zip(history["data"], history["kl"], strict=True)]
+    assert sums == pytest.approx(history["loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("elbo", [Telling(2), Telling(3), Telling(off=50.0), Trace_ELBO()], ids=str)
+def test_where_steps_do_not_tell_the_terms_of_the_loss_they_are_those_of_the_last_batch(elbo: Any) -> None:
+    svi = build(elbo, JointOptim(torch.optim.SGD, {"lr": 0.0}), dropout=0.0)
+    svi.guide = ps.MeanFieldNormal(svi.model, init_scale=1e-6, learn_scale=False)
+    batches = [tuple(part[rows] for part in data().tensors) for rows in (slice(0, 4), slice(4, 8), slice(8, N))]
+    history = fit(svi, batches, 1)
+    kl = float(kl_of(svi.guide))
+    assert history["kl"] == pytest.approx([kl], rel=1e-10)
+    plain = SVI(svi.model, svi.guide, svi.optim, TraceMeanField_ELBO())
+    assert history["data"] == pytest.approx([plain.evaluate_loss(*batches[-1]) - kl], rel=1e-4)
+    assert "last" in str(ps.fit.__doc__)
+
+
+def test_the_terms_are_those_that_the_estimator_adds_up() -> None:
+    svi = build(ps.SAM_ELBO(ps.Mean(), kl_weight=0.5), JointOptim(torch.optim.SGD, {"lr": 0.0}), dropout=0.0)
+    history = fit(svi, loader(), 1)
+    kl = 0.5 * float(kl_of(svi.guide))
+    assert history["kl"] == pytest.approx([kl], rel=1e-10)
+    assert history["data"] == pytest.approx([history["loss"][0] - kl], rel=1e-10)
+
+
+def test_sums_over_many_steps_are_as_exact_as_their_terms() -> None:
+    sums = TermSums()
+    for value in [3e7] + [1.0] * 1000:
+        sums.add((torch.tensor(value, dtype=torch.float32), 0.0))
+    assert sums.state() == [3e7 + 1000, 0.0]
+
+
+@config_enumerate
+def coins(y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(logits=w))
+        pyro.sample("obs", dist.Normal(2 * z, 1.0), obs=y)
+
+
+def enumerating(loss: Any) -> SVI:
+    return SVI(coins, ps.MeanFieldNormal(coins), svi_optim(), loss)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_model_with_enumerated_latents_has_a_history(progress: bool) -> None:
+    batches = [torch.linspace(-1, 3, 5), torch.linspace(0, 2, 5)]
+    restart()
+    svi = enumerating(ps.SAM_ELBO(ps.MixSAM(rho=0.5)))
+    losses = [[svi.step(batch) for batch in batches] for _ in range(3)]
+    restart()
+    history = fit(enumerating(ps.SAM_ELBO(ps.MixSAM(rho=0.5))), batches, 3, progress=progress)
+    assert history["loss"] == pytest.approx([sum(epoch) / 2 for epoch in losses], rel=1e-12)
+    sums = [data + kl for data, kl in zip(history["data"], history["kl"], strict=True)]
+    assert sums == pytest.approx(history["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("silent", [(1, 2), (3, 4), (5, 6)])
+def test_terms_that_one_epoch_does_not_have_are_in_none(silent: tuple[int, ...]) -> None:
+    history = fit(enumerating(Telling(*silent)), [torch.zeros(5), torch.ones(5)], 3, progress=True)
+    assert history.keys() == {"loss", "grad_norm", "lr", "seconds"}
+    assert {len(values) for values in history.values()} == {3}
+
+
 # Progress
 
 
@@ -266,6 +447,31 @@ def test_nan_in_a_batch_stops_before_the_step_and_names_the_part(validate: bool)
     assert all(param.grad is None for _, param in pyro.get_param_store().named_parameters())
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_nan_in_a_row_is_named_by_part_and_row(by_name: bool) -> None:
+    x, y = data().tensors
+    y = y.clone()
+    y[[3, 7]] = float("nan")
+    batch, part = ({"x": x, "y": y}, "'y'") if by_name else ((x, y), "1")
+    with pytest.raises(
+        FloatingPointError, match=rf"in part {part} of the batch .*row 3 and 1 more, in epoch 1 at batch 1"
+    ):
+        fit(build(), [batch])
+
+
+def test_an_error_in_the_first_step_leaves_no_gradients() -> None:
+    class Failing(ps.SAM_ELBO):
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+            super().loss_and_grads(*args, **kwargs)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(build(Failing()), loader())
+    store = list(pyro.get_param_store().named_parameters())
+    assert store
+    assert all(param.grad is None for _, param in store)
+
+
 def test_a_diverged_run_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     class Broken(ps.SAM_ELBO):
         calls = 0
@@ -306,6 +512,16 @@ def test_ctrl_c_finishes_the_step_and_the_run_resumes_to_the_same_end(tmp_path: 
     assert_equal(params(), straight)
     assert len(history["loss"]) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    def press(training: Training) -> None:
+        if training.epoch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), loader(), 2, callbacks=[press], checkpoint=tmp_path / "c")
+    assert read(tmp_path / "c")["epoch"] == 2
 
 
 def test_a_second_ctrl_c_interrupts_a_loader_that_hangs(tmp_path: Path) -> None:

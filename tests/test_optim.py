@@ -1,5 +1,6 @@
 """JointOptim: one torch optimiser steps as Pyro's one per parameter, and what only one can do."""
 
+import copy
 import pickle
 import time
 from collections.abc import Callable
@@ -219,6 +220,58 @@ def test_minimize_is_a_step_of_svi_for_other_optimisers() -> None:
 def test_svi_step_cannot_serve_an_optimiser_that_needs_a_closure() -> None:
     with pytest.raises(ValueError, match=r"LBFGS evaluates the loss several times.*optim\.minimize"):
         train(JointOptim(torch.optim.LBFGS, {"lr": 1.0}), 1)
+
+
+@pytest.mark.parametrize("wrong", [1, 4])
+def test_minimize_raises_where_an_evaluation_is_not_finite_and_undoes_the_step(wrong: int) -> None:
+    calls = 0
+
+    class Loss(Trace_ELBO):
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+            nonlocal calls
+            calls += 1
+            loss = super().loss_and_grads(*args, **kwargs)
+            return float("inf") if calls == 5 + wrong else loss  # the first step has five
+
+    optim = JointOptim(torch.optim.LBFGS, {"lr": 0.1, "max_iter": 5})
+    svi, x = SVI(model, quadratic_guide, optim, loss=Loss()), torch.randn(7, 3)
+    optim.minimize(svi, x)
+    assert calls == 5
+    store = dict(pyro.get_param_store().named_parameters())
+    kept = {name: param.detach().clone() for name, param in store.items()}
+    state = copy.deepcopy(optim.get_state()["optimizer"]["state"])
+    with pytest.raises(FloatingPointError, match=r"the loss is inf .*The parameters are those before this step"):
+        optim.minimize(svi, x)
+    assert_equal({name: param.detach() for name, param in store.items()}, kept)
+    torch.testing.assert_close(optim.get_state()["optimizer"]["state"], state, rtol=0, atol=0)
+    assert all(param.grad is None for param in store.values())
+
+
+def test_an_error_within_a_step_leaves_neither_gradients_nor_a_move() -> None:
+    calls = 0
+
+    class Loss(Trace_ELBO):
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+            nonlocal calls
+            calls += 1
+            loss = super().loss_and_grads(*args, **kwargs)
+            if calls == 3:
+                raise RuntimeError("out of memory")
+            return loss
+
+    optim = JointOptim(torch.optim.LBFGS, {"lr": 0.1, "max_iter": 5})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optim.minimize(SVI(model, quadratic_guide, optim, loss=Loss()), torch.randn(7, 3))
+    store = dict(pyro.get_param_store().named_parameters())
+    assert store
+    assert all(param.grad is None and torch.equal(param, torch.ones_like(param)) for param in store.values())
+
+
+def test_minimize_names_parameters_that_the_store_does_not_know() -> None:
+    with pyro.settings.context(module_local_params=True):
+        optim, guide = JointOptim(torch.optim.LBFGS, {"lr": 0.01}), ps.MeanFieldNormal(model)
+        optim.minimize(SVI(model, guide, optim, loss=ps.SAM_ELBO(ps.Mean())), torch.randn(7, 3))
+        assert len(optim.get_state()["names"]) == len(list(guide.parameters()))
 
 
 def test_lbfgs_refuses_parameters_that_appear_later() -> None:

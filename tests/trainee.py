@@ -45,7 +45,13 @@ def pyros() -> Any:
     return pyro.optim.ExponentialLR(args, {"clip_norm": 50.0})
 
 
+def lbfgs() -> Any:
+    """An optimiser that evaluates the loss three times in a step."""
+    return ps.optim.JointOptim(torch.optim.LBFGS, {"lr": 0.01, "max_iter": 3})
+
+
 OPTIMISERS = {
+    "lbfgs": lbfgs,
     "step": lambda: joint("step"),
     "epoch": lambda: joint("epoch"),
     "pyro": pyros,
@@ -61,6 +67,7 @@ def train(
     local: bool = False,
     optim: str = "step",
     ascent: Any = "fresh",
+    split: Any = None,
     after_step: Any = None,
     after_epoch: Any = None,
 ) -> dict[str, Tensor]:
@@ -78,7 +85,7 @@ def train(
             pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
 
     guide = ps.MeanFieldNormal(model, init_scale=0.05)
-    svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step, ascent))
+    svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step, ascent, split))
     keep = checkpoint and Checkpoint(checkpoint, every=every)
     loader = DataLoader(Jittered(), batch_size=5, shuffle=True)
     callbacks = [after_epoch] if after_epoch else []
@@ -89,20 +96,23 @@ def train(
     return {
         **named,
         "history": torch.tensor(history["loss"]),
+        "data": torch.tensor(history["data"]),
         "kl": torch.tensor(history["kl"]),
+        "grad_norm": torch.tensor(history["grad_norm"]),
         "lr": torch.tensor(history["lr"]),
     }
 
 
 class Loss(ps.SAM_ELBO):
-    """MixSAM that calls a function in the middle of every step."""
+    """MixSAM that calls a function in the middle of every step, and may tell shares of the loss as its terms."""
 
-    def __init__(self, after_step: Any, ascent: Any) -> None:
+    def __init__(self, after_step: Any, ascent: Any, split: Any) -> None:
         super().__init__(ps.MixSAM(rho=0.5), ascent=ascent)
-        self._after_step = after_step
+        self._after_step, self._split = after_step, split
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
         loss = super().loss_and_grads(*args, **kwargs)
+        self._last_terms = self._split and tuple(torch.tensor(share * loss) for share in self._split)
         if self._after_step is not None:
             self._after_step()
         return loss

@@ -1,5 +1,6 @@
 """The loss of a training run: its settings as text, and the state that a checkpoint keeps of it."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Mapping
@@ -7,7 +8,6 @@ from typing import Any
 
 from pyro.infer import SVI
 
-from pyro_sam._step.settings import NAMES
 from pyro_sam.elbo import SAM_ELBO
 
 
@@ -19,11 +19,11 @@ def elbo_of(svi: SVI) -> Any:
 def elbo_settings(svi: SVI) -> dict[str, str]:
     """Return the settings of the loss as text, the same in every process."""
     loss = elbo_of(svi)
-    own = vars(loss) if loss else {}
-    values = own | ({name: getattr(loss, name) for name in NAMES} if isinstance(loss, SAM_ELBO) else {})
-    public = {name: _text(value) for name, value in values.items() if not name.startswith("_")}
-    public.pop("max_plate_nesting", None)  # found out on the way
-    return {"class": type(loss).__name__, **public}
+    found = {name: value for name, value in vars(loss).items() if not name.startswith("_")} if loss else {}
+    if isinstance(loss, SAM_ELBO):
+        found.update({name: getattr(loss, name) for name in inspect.signature(SAM_ELBO).parameters})
+    found.pop("max_plate_nesting", None)  # found out on the way
+    return {"class": type(loss).__name__, **{name: _text(value) for name, value in found.items()}}
 
 
 def elbo_state(svi: SVI) -> dict[str, Any]:
@@ -35,10 +35,9 @@ def elbo_state(svi: SVI) -> dict[str, Any]:
 def restore_elbo(svi: SVI, settings: Mapping[str, str], state: Mapping[str, Any]) -> None:
     """Put the loss into a saved state, and warn of settings that were others."""
     here = elbo_settings(svi)
+    known = here.keys() & settings.keys()  # an older version had fewer
     changed = [
-        f"{name}: {settings[name]} then, {here[name]} now"
-        for name in here
-        if name in settings and here[name] != settings[name]  # a new setting is at its default
+        f"{name}: {settings[name]} then, {here[name]} now" for name in sorted(known) if here[name] != settings[name]
     ]
     if changed:
         warnings.warn(f"the loss is not the one of the checkpoint ({'; '.join(changed)}).", stacklevel=2)
