@@ -41,6 +41,14 @@ def data() -> tuple[Tensor, Tensor]:
 # ---- the world
 
 
+class Knobs:
+    """Attributes that a model reads and a change turns."""
+
+    def __init__(self, **values: Any) -> None:
+        self.on = False
+        vars(self).update(values)
+
+
 class World:
     """A model, a guide, an estimator and all that a step of theirs writes to.
 
@@ -69,7 +77,7 @@ class World:
         settings: Mapping[str, Any] | None = None,
         modules: Iterable[nn.Module] = (),
         generators: Iterable[Any] = (),
-        knobs: SimpleNamespace | None = None,
+        knobs: Any = None,
         initialised: bool = True,
     ) -> None:
         self.model = model
@@ -80,7 +88,7 @@ class World:
         self.plain_law = self.law if plain_law is None else plain_law
         self.settings = dict(settings or {})
         self.modules, self.generators = list(modules), list(generators)
-        self.knobs = SimpleNamespace(on=False) if knobs is None else knobs
+        self.knobs = Knobs() if knobs is None else knobs
         self.elbo: Any = None
         self.around: Callable[[], Any] = nullcontext
         self.take: Callable[[World], Any] = accumulate
@@ -356,12 +364,15 @@ def simple(law: ps.Perturbation | None = None, **settings: Any) -> World:
 
 
 def by_hand(
-    weights: Callable[..., Tensor] = two_weights, mean: Callable[..., Tensor] = product, **knobs: Any
+    weights: Callable[..., Tensor] = two_weights,
+    mean: Callable[..., Tensor] = product,
+    kind: Callable[..., Any] = Knobs,
+    **knobs: Any,
 ) -> Callable[[], World]:
     """Return a builder of a regression whose weights and mean may read knobs."""
 
     def build() -> World:
-        turned = SimpleNamespace(**{"on": False, **{k: v() if callable(v) else v for k, v in knobs.items()}})
+        turned = kind(**{k: v() if callable(v) else v for k, v in knobs.items()})
 
         def model(x: Tensor, y: Tensor) -> None:
             observe(x, y, mean(x, weights(turned), turned))
@@ -388,7 +399,7 @@ def layers(*more: Callable[[], nn.Module], prior: Any = None) -> Callable[[], Wo
 
     def build() -> World:
         net = nn.Sequential(nn.Linear(2, 3), *(make() for make in more), nn.Tanh(), nn.Linear(3, 1))
-        knobs = SimpleNamespace(on=False, sigma=torch.tensor(1.0))
+        knobs = Knobs(sigma=torch.tensor(1.0))
         bnn = ps.BayesianModule(net, prior(knobs) if prior else None)
 
         def model(x: Tensor, y: Tensor) -> None:
@@ -1010,7 +1021,7 @@ def positive_weights(knobs: Any) -> Tensor:
 
 
 def whole_model_scaled() -> World:
-    knobs = SimpleNamespace(on=False)
+    knobs = Knobs()
 
     def model(x: Tensor, y: Tensor) -> None:
         with poutine.scale(scale=0.2 if knobs.on else 1.0):
@@ -1090,6 +1101,7 @@ PRIORS = [
     Scenario("prior on a detached latent", by_hand(hierarchy(cut_first)), nothing, tells=False),
     Scenario("heavy prior on a detached latent", by_hand(hierarchy(cut_first, student)), nothing, tells=False),
     Scenario("prior's latent detached later", by_hand(hierarchy(cut, student)), on, off),
+    Scenario("namespace that the model reads", by_hand(other_loc, kind=SimpleNamespace, on=False), on, off),
     Scenario("prior's family", by_hand(other_family), on, off),
     Scenario("heavy prior's degrees of freedom", by_hand(other_student), on, off),
     Scenario("prior of positive weights", by_hand(positive_weights), on, off),
@@ -1453,6 +1465,11 @@ STREAMS = [
         by_hand(mean=from_numpy, generator=lambda: np.random.default_rng(4)),
         knob_of("generator", lambda g: g.normal()),
     ),
+    Scenario(
+        "namespace that holds a generator",
+        by_hand(mean=from_generator, kind=SimpleNamespace, generator=lambda: torch.Generator().manual_seed(4)),
+        knob_of("generator", lambda g: g.manual_seed(9)),
+    ),
     Scenario("dropout reseeded", layers(dropout), reseed),
     Scenario("a stream drawn from in between", layers(dropout), lambda world: torch.rand(3)),
 ]
@@ -1622,7 +1639,7 @@ def bound() -> World:
             regression(x + self.shift, y)
 
     owner = Owner()
-    world = World(owner.model, knobs=SimpleNamespace(on=False, owner=owner))
+    world = World(owner.model, knobs=Knobs(owner=owner))
     world.model_of = lambda: owner.model
     return world
 

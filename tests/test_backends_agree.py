@@ -1,8 +1,9 @@
 """Whatever a user changes between two steps, every back end gives the numbers of ordinary steps."""
 
 import importlib
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,21 @@ import pytest
 import torch
 
 import pyro_sam as ps
-from tests.scenarios import SCENARIOS, Scenario, difference
+from tests.scenarios import (
+    SCENARIOS,
+    Scenario,
+    World,
+    by_hand,
+    difference,
+    dropout,
+    fresh_start,
+    hidden_weights,
+    layers,
+    norm,
+    plain_network,
+    simple,
+    tied,
+)
 
 BACK_ENDS: dict[str, dict[str, Any]] = {
     "lean": {},
@@ -87,6 +102,21 @@ def test_a_scenario_changes_what_it_says(scenario: Scenario) -> None:
     with heard():
         changed, unchanged = (scenario.run(ordinary, ordinary=True, changed=changed) for changed in (True, False))
     assert (difference(changed, unchanged, 1e-7) is not None) == scenario.tells
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize(
+    "build",
+    [simple, by_hand(), layers(), layers(norm, dropout), tied, hidden_weights, plain_network],
+    ids=["simple", "by hand", "network", "batch norm and dropout", "tied", "hidden weights", "plain network"],
+)
+def test_usual_worlds_do_take_shortened_steps(build: Callable[[], World], caplog: pytest.LogCaptureFixture) -> None:
+    with fresh_start(), heard(), caplog.at_level(logging.WARNING):
+        world = build().start(ps.SAM_ELBO, compile=True)
+        world.step()
+        world.step()
+        assert world.guide.can_be_flat()
+    assert not caplog.messages
 
 
 def test_scenarios_are_named_apart() -> None:
