@@ -185,12 +185,19 @@ def difference(got: list[dict[str, Any]], want: list[dict[str, Any]], rtol: floa
             if here.get("error") != there.get("error"):
                 return f"entry {step}: error {here.get('error')!r}, right is {there.get('error')!r}"
             continue
+        here, there = _with_zeros(here, there), _with_zeros(there, here)
         if missing := here.keys() ^ there.keys():
             return f"entry {step}: only one of the two has {sorted(missing)}"
         for name, right in there.items():
             if (why := _unlike(here[name], right, rtol)) is not None:
                 return f"entry {step}: {name} is {why}"
     return None
+
+
+def _with_zeros(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with zeros for gradients that only the other has: to have none is to have a zero one."""
+    missing = {name: torch.zeros_like(v) for name, v in other.items() if name.startswith("grad") and name not in entry}
+    return {**entry, **missing}
 
 
 def _unlike(got: Any, want: Any, rtol: float) -> str | None:

@@ -55,7 +55,9 @@ taken = 0  # steps of all machines
 
 def small_world() -> World:
     """A network with dropout and running statistics, weights by hand, a hierarchy, a parameter, an observed scale."""
-    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 1))
+    # no bias before the norm: its gradient is rounding, which a scope of its own would blow up to length rho
+    first = nn.Linear(2, 3, bias=False)
+    net = nn.Sequential(first, nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 1))
     bnn = ps.BayesianModule(net)
     knobs = Knobs(sigma=torch.ones(2), prior="Normal", tied=False, shift=0.0, prior_scale=1.0)
 
@@ -292,7 +294,7 @@ def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unwatched")
 def test_lean_steps_keep_in_step() -> None:
-    run_state_machine_as_test(Lockstep, settings=settings(max_examples=50, stateful_step_count=40, **IN_CI))
+    run_state_machine_as_test(Lockstep, settings=settings(max_examples=55, stateful_step_count=40, **IN_CI))
 
 
 @pytest.mark.usefixtures("unwatched")
