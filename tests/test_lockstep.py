@@ -301,7 +301,7 @@ def test_lean_steps_keep_in_step() -> None:
 def test_captured_steps_keep_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     monkeypatch.setattr(Lockstep, "compile", True)
-    run_state_machine_as_test(Lockstep, settings=settings(max_examples=8, stateful_step_count=20, **IN_CI))
+    run_state_machine_as_test(Lockstep, settings=settings(max_examples=4, stateful_step_count=12, **IN_CI))
 
 
 def main() -> None:
