@@ -6,6 +6,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_sam.elbo import sentinel
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests in conformance/test_device_and_dtype.py")
@@ -26,3 +28,10 @@ def clean_pyro() -> Iterator[None]:
         yield
     pyro.clear_param_store()
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def unwatched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the sentinel off, which would hide a difference that a test looks for; ``watched`` tests are of it."""
+    if request.node.get_closest_marker("watched") is None:
+        monkeypatch.setattr(sentinel, "is_due", lambda count: False)

@@ -1,6 +1,7 @@
 """After the first step torch's checks cost one wait for the device, and refuse all that they refused before."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,10 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import SGD, Adam
-from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
 import pyro_sam as ps
-from pyro_sam._step.checks import _holds
+from pyro_sam._step.checks import postponed
 
 LAWS = [ps.Gaussian(), ps.Mean(), ps.Adversarial(0.5), ps.MixSAM(0.5), ps.AscendedSample(0.5)]
 
@@ -169,14 +169,37 @@ def test_good_data_cost_no_run_more() -> None:
     assert runs[0] == 2
 
 
-@pytest.mark.parametrize("value", [[0, 3], [-1, 2], [1, 4], [], [[2], [5]]], ids=str)
-@pytest.mark.parametrize("upper", [3, torch.tensor(3)], ids=["number", "tensor"])
-def test_whole_numbers_are_looked_at_as_torch_does(value: list[Any], upper: Any) -> None:
-    constraint, tensor = constraints.integer_interval(0, upper), torch.tensor(value, dtype=torch.long)
-    (found,) = _holds(constraint, tensor)
-    assert bool(found.all()) == bool(constraint.check(tensor).all())
+def test_postponed_checks_are_torchs_own() -> None:
+    asked = torch._is_all_true
+    with postponed() as conditions:
+        good = dist.Normal(torch.zeros(2), torch.ones(2))
+        good.log_prob(torch.zeros(2))
+        assert bool(conditions.hold())
+        dist.Normal(torch.zeros(2), torch.tensor([1.0, -1.0]))
+        assert not bool(conditions.hold())
+    assert torch._is_all_true is asked
+    with pytest.raises(ValueError, match="scale"):
+        dist.Normal(0.0, -1.0)
 
 
-def test_whole_numbers_with_a_bound_each() -> None:
-    (found,) = _holds(constraints.integer_interval(0, torch.tensor([1, 5])), torch.tensor([1, 5]))
-    assert bool(found.all())
+def test_postponed_checks_leave_other_threads_alone() -> None:
+    refused = []
+
+    def elsewhere() -> None:
+        with pytest.raises(ValueError, match="scale"):
+            dist.Normal(0.0, -1.0)
+        refused.append(True)
+
+    with postponed() as conditions:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert refused
+    assert conditions.hold() is None
+
+
+def test_postponed_checks_end_with_an_error() -> None:
+    asked = torch._is_all_true
+    with pytest.raises(KeyError), postponed(), postponed():
+        raise KeyError
+    assert torch._is_all_true is asked

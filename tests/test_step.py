@@ -117,11 +117,13 @@ def test_number_of_model_runs_is_the_stated_cost() -> None:
         ps.Adversarial(0.0): 1,
     }
     for law, cost in costs.items():
-        elbo = ps.SAM_ELBO(law)
-        for _ in range(2):  # the first step looks at the structure, at no extra run
-            runs = 0
-            elbo.loss_and_grads(counted, problem.guide())
-            assert runs == cost, law
+        elbo, guide = ps.SAM_ELBO(law), problem.guide()
+        runs = 0
+        elbo.loss_and_grads(counted, guide)
+        assert runs <= cost + 1, law  # the first step also looks whether other noise changes the KL
+        runs = 0
+        elbo.loss_and_grads(counted, guide)
+        assert runs == cost, law
 
 
 def norm_net() -> nn.Sequential:
@@ -254,7 +256,7 @@ def test_passes_that_draw_differently_still_share_the_minibatch_and_the_hidden_n
         pyro.sample("b", dist.Normal(pyro.param("b_loc", torch.tensor(0.0)), 0.1))
 
     ps.SAM_ELBO(ps.Adversarial(0.5), hide="b").loss_and_grads(model, guide)
-    assert len(batches) == 2
+    assert len(batches) == 3  # the third looks whether other noise changes the KL
     assert all_equal(batches)
     assert all_equal(hidden)
 

@@ -3,11 +3,13 @@
 Only what Python shows is found: a number that a function reads off a file, say, is not.
 """
 
+import argparse
+import collections
 import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,9 +168,9 @@ class Surroundings:
         (FunctionType, _visit_function),
         (dict, _visit_dict),
         (list, _visit_list),
-        ((tuple, set, frozenset), _visit_entries),
+        ((tuple, set, frozenset, collections.deque), _visit_entries),
         (type, _visit_type),
-        ((Messenger, Distribution, Transform), _visit_object),
+        ((Messenger, Distribution, Transform, SimpleNamespace, argparse.Namespace), _visit_object),
     )
 
 

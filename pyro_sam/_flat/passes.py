@@ -50,6 +50,8 @@ class FlatPasses(Passes):
         buffers: Watches the modules that are called, and puts back what a pass has done to their buffers.
     """
 
+    runs_guide = False
+
     def __init__(
         self,
         call: Call,
@@ -90,15 +92,15 @@ class FlatPasses(Passes):
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise, site by site as the guide would."""
-        e = torch.empty_like(self.flat.loc).expand(self.num_particles, -1).contiguous().detach()
-        parts = e.split(self.flat.sizes, -1)
+        flat = self.flat
         if not self._lead:
-            for part in parts:
+            e = torch.empty_like(flat.loc).detach()
+            for part in e.split(flat.sizes):
                 part.normal_()
-            return e
-        for part, shape in zip(parts, self._shapes, strict=True):
-            part.copy_(torch.randn(shape, dtype=e.dtype, device=e.device).view(part.shape))
-        return e
+            return e.unsqueeze(0)
+        like = {"dtype": flat.loc.dtype, "device": flat.loc.device}
+        draws = [torch.randn(shape, **like) for shape in self._shapes]
+        return torch.cat([draw.view(self.num_particles, -1) for draw in draws], -1)
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations."""
@@ -224,17 +226,24 @@ class FlatRan(Ran):
 
     def kl(self) -> Loss:
         """Return the KL, or its estimate at this run's values."""
-        flat, normal = self._passes.flat, self.known.normal(self.run, self._passes.flat)
+        flat = self._passes.flat
+        normal = self.known.normal(self.run, flat)
         terms: list[Any] = list(normal.kl(flat))
-        if (particles := self._passes.num_particles) > 1:
-            terms = [particles * term for term in terms]
-        latents = {name: {**_PLAIN, "fn": prior} for name, prior in normal.others.items()} | self.run.latents()
-        for name, prior in latents.items():
-            site = {**_PLAIN, "value": self.run.values[name], "fn": flat.site(name)}
-            exact = closed_form(site, prior)
-            self._is_estimate |= exact is None
-            terms.append(kl_of_site(site, {**prior, "value": site["value"]}) if exact is None else exact)
+        particles = self._passes.num_particles
+        if particles > 1 and normal.others:
+            raise Surprise  # priors without a dimension for the particles
+        terms = [particles * term if particles > 1 else term for term in terms]
+        terms += [self._term(name, {**_PLAIN, "fn": fn}) for name, fn in normal.others.items()]
+        terms += [self._term(name, prior) for name, prior in self.run.latents().items()]
         return reduce(operator.add, terms)
+
+    def _term(self, name: str, prior: Any) -> Any:
+        site = {**_PLAIN, "value": self.run.values[name], "fn": self._passes.flat.site(name)}
+        exact = closed_form(site, prior)
+        if exact is not None:
+            return exact
+        self._is_estimate = True
+        return kl_of_site(site, {**prior, "value": site["value"]})
 
     def sees_noise(self, kl: Loss) -> Dependence:
         """Return what depends on the noise: in the graph of this run, or in an ordinary run of this kind."""

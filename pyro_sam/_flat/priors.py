@@ -12,12 +12,13 @@ from pyro_sam._flat.vectors import FlatNormal
 
 
 class _Stretch(NamedTuple):
-    """A stretch of the vectors whose elements have one prior."""
+    """A stretch of the vectors whose elements have one prior: its loc and scale, and what tells it from others."""
 
     start: int
     stop: int
     loc: Any
     scale: Any
+    key: tuple[Any, Any]
 
 
 class NormalPriors:
@@ -33,7 +34,7 @@ class NormalPriors:
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], priors: Mapping[str, Any]) -> None:
         self.others: dict[str, Any] = {}
-        self._places: list[tuple[int, int, Tensor, Tensor]] = []
+        self._places: list[_Stretch] = []
         start = 0
         for name, size in zip(names, sizes, strict=True):
             if name in priors:
@@ -41,10 +42,12 @@ class NormalPriors:
                 if numbers is None:
                     self.others[name] = priors[name]
                 else:
-                    self._places.append((start, start + size, *numbers))
+                    key = numbers[0].data_ptr(), numbers[1].data_ptr()
+                    self._places.append(_Stretch(start, start + size, *numbers, key))
             start += size
         # many priors are the same one
-        self._tensors = list({t.data_ptr(): t for _, _, *pair in self._places for t in pair}.values())
+        by_place = {key: t for each in self._places for key, t in zip(each.key, each[2:4], strict=True)}
+        self._places_in_memory, self._tensors = list(by_place), list(by_place.values())
         self._on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         self._numbers: list[float] = []
         self._stretches: list[_Stretch] = []
@@ -52,7 +55,7 @@ class NormalPriors:
     def kl(self, flat: FlatNormal) -> list[Tensor]:
         """Return the terms of the KL that the sites with such priors have, at what the priors are now."""
         terms = []
-        for start, stop, loc, scale in self._now():
+        for start, stop, loc, scale, _ in self._now():
             whole = stop - start == len(flat.loc)
             q = [vector if whole else vector[start:stop] for vector in (flat.loc, flat.scale)]
             terms.append(_NormalKL.apply(*q, loc, scale))
@@ -61,13 +64,13 @@ class NormalPriors:
     def _now(self) -> list[_Stretch]:
         # read as numbers where that is no wait for a device; a capture must see the tensors themselves
         if not self._on_cpu or torch._C._len_torch_dispatch_stack():
-            return _joined([_Stretch(*place) for place in self._places])
+            return _joined(self._places)
         numbers = [tensor.item() for tensor in self._tensors]
         if numbers != self._numbers or not self._stretches:
-            by_place = {tensor.data_ptr(): number for tensor, number in zip(self._tensors, numbers, strict=True)}
-            self._numbers = numbers
+            self._numbers, known = numbers, dict(zip(self._places_in_memory, numbers, strict=True))
+            values = [(known[loc], known[scale]) for *_, (loc, scale) in self._places]
             self._stretches = _joined(
-                [_Stretch(start, stop, *(by_place[t.data_ptr()] for t in pair)) for start, stop, *pair in self._places]
+                [_Stretch(each.start, each.stop, *both, both) for each, both in zip(self._places, values, strict=True)]
             )
         return self._stretches
 
@@ -76,21 +79,11 @@ def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
     """Return stretches with neighbours of one prior as one."""
     found: list[_Stretch] = []
     for each in stretches:
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and last.stop == each.start
-            and _alike(last.loc, each.loc)
-            and _alike(last.scale, each.scale)
-        ):
-            found[-1] = last._replace(stop=each.stop)
+        if found and (found[-1].stop, found[-1].key) == (each.start, each.key):
+            found[-1] = found[-1]._replace(stop=each.stop)
         else:
             found.append(each)
     return found
-
-
-def _alike(a: Any, b: Any) -> bool:
-    return a.data_ptr() == b.data_ptr() if isinstance(a, Tensor) else a == b
 
 
 def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:

@@ -26,6 +26,7 @@ class FlatNormal:
         sizes: Their numbers of elements.
         loc: Means, one vector, with the graph to the parameters.
         scale: Standard deviations, likewise.
+        is_frozen: Whether a parameter requires no gradient.
         roots: The vectors at which the graph begins, of loc and of what scale is made of; none where it begins at the
             guide's parameters.
     """
@@ -35,6 +36,7 @@ class FlatNormal:
     sizes: list[int]
     loc: Tensor
     scale: Tensor
+    is_frozen: bool = False
     roots: Sequence[Tensor] = ()
 
     def site(self, name: str) -> Any:
@@ -87,7 +89,8 @@ class FlatParameters:
             loc.requires_grad_(torch.is_grad_enabled())
             rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
-        flat = FlatNormal(self._sites, tuple(self._shapes), self._sizes, loc, scale, roots)
+        frozen = not all(tensor.requires_grad for tensor in self._tensors[: len(self._names)])
+        flat = FlatNormal(self._sites, tuple(self._shapes), self._sizes, loc, scale, frozen, roots)
         if handlers := listeners():
             scales = _unflatten_dense_tensors(scale.detach(), self._tensors[number:]) if self._learn_scale else ()
             self._state(handlers, [*self._tensors[:number], *scales])
@@ -104,10 +107,11 @@ class FlatParameters:
                 if tensor.requires_grad:
                     tensor.grad = part if tensor.grad is None else tensor.grad.add_(part)
 
-    def _present(self) -> list[Tensor]:
+    def _present(self) -> list[Any]:
+        """Return the tensors, None for one that somebody put something else in the place of."""
         number = len(self._sites) * (2 if self._learn_scale else 1)
-        parameters = [module._parameters[f"{leaf}_unconstrained"] for module, leaf in self._owners[:number]]
-        return parameters + [module._buffers[leaf] for module, leaf in self._owners[number:]]
+        parameters = [module._parameters.get(f"{leaf}_unconstrained") for module, leaf in self._owners[:number]]
+        return parameters + [module._buffers.get(leaf) for module, leaf in self._owners[number:]]
 
     def _pack(self) -> None:
         tensors, number = self._present(), len(self._sites)
@@ -123,7 +127,9 @@ class FlatParameters:
     def _are_current(self) -> bool:
         stored: Any = pyro.get_param_store()._params
         buffers = (
-            [] if self._learn_scale else [module._buffers[leaf] for module, leaf in self._owners[len(self._sites) :]]
+            []
+            if self._learn_scale
+            else [module._buffers.get(leaf) for module, leaf in self._owners[len(self._sites) :]]
         )
         # the store's tensors are those that count
         found = [*map(stored.get, self._names), *buffers]
@@ -133,6 +139,8 @@ class FlatParameters:
         """Look for the tensors; return whether they are what the guide was set up with."""
         store: Any = pyro.get_param_store()
         tensors = self._present()
+        if any(tensor is None for tensor in tensors):
+            return False
         owners = self._owners if self._learn_scale else self._owners[: len(self._sites)]
         names = [f"{module._pyro_name}.{leaf}" for module, leaf in owners]
         for name, tensor, owner in zip(names, tensors, owners, strict=False):

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_sam._base.buffers import called_modules, kept_buffers
-from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._base.random_state import RandomState, Streams, rewound
 from pyro_sam._flat.recorder import Silence
 from pyro_sam._graph.draws import CannotCapture, NoReading, Operations
 from pyro_sam._graph.recurrent import with_recurrent_layers
@@ -68,12 +68,13 @@ def capture(
     Raises:
         CannotCapture: If the step reads values of tensors, or a module replaces a buffer.
     """
-    here = RandomState.capture(call.streams)
+    streams = Streams(own=call.streams.own)
+    here = RandomState.capture(streams)
     memory = [(tensor, tensor.clone()) for tensor in state()]
-    with kept_buffers(call.modules), poutine.trace(param_only=True) as seen, called_modules() as modules:
-        first()
-    _refuse_other_streams(here, call)
-    here.restore()
+    with rewound(here, streams):
+        with kept_buffers(call.modules), poutine.trace(param_only=True) as seen, called_modules() as modules:
+            first()
+        _refuse_other_streams(here, streams)
     sites: Any = seen.trace.nodes.items()
     statements = {name: site["value"].unconstrained() for name, site in sites}
     buffers = {module: dict(module._buffers) for module in (*modules, *call.modules)}
@@ -93,11 +94,11 @@ def capture(
     written = [*state(), *(b for known in buffers.values() for b in known.values() if b is not None)]
     before = [tensor.clone() for tensor in written]
     try:
-        with rewound(here, call.streams), kept_buffers(call.modules), torch.enable_grad(), Silence():
+        with rewound(here, streams), kept_buffers(call.modules), torch.enable_grad(), Silence():
             # tensors of their own, so that the model's are not taken for them
             graph = _traced(whole, [tensor.detach() for tensor in inputs])
             _refuse_replaced(buffers)
-        with rewound(here, call.streams), torch.no_grad(), Silence():
+        with rewound(here, streams), torch.no_grad(), Silence():
             runnable = _that_runs(with_recurrent_layers(_lean(graph)), inputs)
     finally:
         for tensor, value in zip(written, before, strict=True):
@@ -130,8 +131,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _refuse_other_streams(before: RandomState, call: Call) -> None:
-    moved = RandomState.capture(call.streams).moved(before)
+def _refuse_other_streams(before: RandomState, streams: Streams) -> None:
+    moved = RandomState.capture(streams).moved(before)
     if moved.numpy or moved.python or moved.own:
         raise CannotCapture("it draws random numbers that are not of torch's default stream")
 

@@ -15,6 +15,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_sam._base.precision import autocast
 from pyro_sam._base.surroundings import PLAIN, Surroundings
 from pyro_sam._graph.capture import Captured, capture
 from pyro_sam._graph.draws import CannotCapture
@@ -185,10 +186,8 @@ def _refuse(form: _Form, leaves: Sequence[Any]) -> None:
 
 def _environment() -> Hashable:
     """Return what torch's operations depend on."""
-    autocast = [(torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()), torch.is_autocast_cpu_enabled()]
     return (
-        *autocast,
-        torch.get_autocast_cpu_dtype(),
+        autocast(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         bool(pyro.settings.get("module_local_params")),

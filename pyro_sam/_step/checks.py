@@ -57,11 +57,11 @@ def postponed() -> Iterator[Conditions]:
     """Collect what torch's checks find in the body, in this thread, in place of an error at each."""
     conditions = Conditions()
     _Torch.install()
-    _here.conditions = conditions
+    outer, _here.conditions = getattr(_here, "conditions", None), conditions
     try:
         yield conditions
     finally:
-        del _here.conditions
+        _here.conditions = outer
         _Torch.uninstall()
 
 

@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState, Streams
+from pyro_sam._base.random_state import RandomState, Streams, rewound
 from pyro_sam._base.recent import Recent
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
@@ -69,7 +69,8 @@ class Pair:
         """Return the number of dimensions of nested plates, that of vectorised particles included."""
         if self.known_nesting(settings) == math.inf:
             guess: Any = Trace_ELBO()
-            with kept_buffers(call.modules):
+            # no trace: a run that is taken up again begins with such a guess, too
+            with kept_buffers(call.modules), rewound(RandomState.capture(call.streams), call.streams):
                 guess._guess_max_plate_nesting(call.model, call.guide, call.args, call.kwargs)
             self._nesting = int(guess.max_plate_nesting)
         return int(self.known_nesting(settings))

@@ -100,3 +100,8 @@ def flat(tensors: Sequence[Tensor], num_particles: int) -> Tensor:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.cat([tensor.detach().reshape(num_particles, -1).to(device, dtype) for tensor in tensors], -1)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; an inference tensor does not tell."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -80,9 +80,9 @@ class _Scout(Messenger):
 
 def _scout(call: Call, wanted: Mapping[str, Any] | None = None) -> _Scout:
     scout, start = _Scout(wanted), RandomState.capture(call.streams)
-    with torch.no_grad(), kept_buffers(call.modules), rewound(start, call.streams), poutine.block(), scout:
-        with suppress(_AllSeen):
-            call.run_model()
+    still = kept_buffers(call.modules), rewound(start, call.streams)
+    with torch.no_grad(), still[0], still[1], poutine.block(), scout, suppress(_AllSeen):
+        call.run_model()
     return scout
 
 

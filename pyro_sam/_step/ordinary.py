@@ -23,7 +23,7 @@ from pyro_sam._step.dependence import are_equal, besides, prior_parameters, reac
 from pyro_sam._step.handlers import Bookmarks, NoiseMessenger, ReplayMessenger
 from pyro_sam._step.knowledge import Pair
 from pyro_sam._step.loss import data_loss, kl_loss
-from pyro_sam._step.memory import Layout, flat, remember
+from pyro_sam._step.memory import Layout, flat, remember, version
 from pyro_sam._step.mistakes import inspect
 from pyro_sam._step.passes import Dependence, Loss, Passes, Ran, gradients
 from pyro_sam._step.settings import Settings
@@ -245,13 +245,13 @@ class OrdinaryPasses(Passes):
             raise ValueError(_no_gaussian_site(run.unperturbed))
         self._first = run
         e = flat([site.noise for site in run.sites.values()], self.num_particles)
-        self._first_noise = e, e._version
+        self._first_noise = e, version(e)
         return e
 
     def _guide_run(self, e: Tensor, *, tracked: bool, detach_scale: bool = False) -> GuideRun:
         self._sites()
         first, noise = self._first, self._first_noise
-        is_first = noise is not None and e is noise[0] and e._version == noise[1]
+        is_first = noise is not None and e is noise[0] and version(e) == noise[1]
         if first is not None and is_first and first.tracked == tracked and not detach_scale:
             self._first_noise = None
             return first

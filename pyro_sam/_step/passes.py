@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,12 @@ class Passes(ABC):
     """The passes of one step of one particle, or of several that are vectorised together.
 
     All passes share the minibatch, the dropout masks and the samples of unperturbed sites.
+
+    Attributes:
+        runs_guide: Whether the law's choice may run the guide, whose values then must be checked, too.
     """
+
+    runs_guide: ClassVar[bool] = True
 
     @property
     @abstractmethod

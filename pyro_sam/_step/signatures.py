@@ -4,7 +4,6 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 from pyro.poutine import Trace
-from torch import Tensor
 
 from pyro_sam._base.vectorised import PARTICLE_PLATES
 
@@ -20,11 +19,7 @@ def signature_of_sites(sites: Iterable[Any]) -> Hashable:
 
 
 def kind(trace: Trace) -> Hashable:
-    """Return a trace's signature without sizes, which differ from batch to batch.
-
-    A distribution's kind has in it which operation each of its parameters came from, so that a prior whose parameter
-    becomes another latent's value is met as a new one.
-    """
+    """Return a trace's signature without sizes, which differ from batch to batch."""
     return kind_of_sites(trace.nodes.values())
 
 
@@ -38,14 +33,10 @@ def _samples(sites: Iterable[Any]) -> Iterable[Any]:
 
 
 def _kind(site: Any) -> tuple[Hashable, ...]:
-    fn = site["fn"]
-    kinds: list[Any] = []
+    fn, kinds = site["fn"], []
     while fn is not None:
         kinds.append(type(fn))
-        inner = getattr(fn, "base_dist", None)
-        if inner is None:
-            kinds.extend(type(value.grad_fn) for value in vars(fn).values() if isinstance(value, Tensor))
-        fn = inner
+        fn = getattr(fn, "base_dist", None)
     frames = tuple((f.name, f.dim) for f in site["cond_indep_stack"] if f.name not in PARTICLE_PLATES)
     return site["name"], site["is_observed"], tuple(kinds), frames
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam._base.ranks import mean_over_ranks
-from pyro_sam._step.memory import PreviousGradients
+from pyro_sam._step.memory import PreviousGradients, version
 from pyro_sam._step.passes import Loss, Passes, Ran
 from pyro_sam._step.settings import Settings
 from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, Mean, MixSAM, NoiseSpace, Perturbation
@@ -60,13 +60,13 @@ class Space(NoiseSpace):
     def zeros(self) -> Tensor:
         """Return the noise of the guide's mean."""
         e = self._passes.zeros()
-        self._zeros = e, e._version
+        self._zeros = e, version(e)
         return e
 
     def gaussian(self) -> Tensor:
         """Draw standard normal noise."""
         e = self._passes.gaussian()
-        self._draw = e, e._version
+        self._draw = e, version(e)
         self._z = e if type(self._law) in _OURS else e.clone()
         return e
 
@@ -147,7 +147,7 @@ class Space(NoiseSpace):
 
 def _is_still(e: Tensor, given: tuple[Tensor, int] | None) -> bool:
     """Return whether a law hands back what it was given, as it was."""
-    return given is not None and e is given[0] and e._version == given[1]
+    return given is not None and e is given[0] and version(e) == given[1]
 
 
 def _scale_gradient(ran: Ran, mean_gradients: Sequence[Tensor]) -> Loss:

@@ -159,6 +159,8 @@ class Particle:
         flat = guide.flat(graph=graph) if isinstance(guide, MeanFieldNormal) else None
         if flat is None or not isinstance(guide, MeanFieldNormal):
             return None
+        if flat.is_frozen and self.memory is not None:  # sites without a gradient remember none
+            return None
         call, lead = self.call, ()
         if self.settings.together > 1:
             call = call.with_functions(self._vectorised(call.model, call), guide)
@@ -218,14 +220,11 @@ class Particle:
         """Return the loss's terms and whether its values hold; the noise is put into ``noise`` early."""
         space = self._space(passes)
         asked = checks.enabled()
-        with checks.silenced() if asked else nullcontext():
-            e = space.noise()
-        noise.append(e)
-        if not asked:
-            return space.loss(e), None
-        with checks.postponed() as conditions:
+        with checks.postponed() if asked else nullcontext() as conditions:
+            with checks.silenced() if asked and not passes.runs_guide else nullcontext():
+                noise.append(e := space.noise())
             terms = space.loss(e)
-        return terms, conditions.hold()
+        return terms, None if conditions is None else conditions.hold()
 
 
 def _evaluated(terms: Terms, passes: Passes) -> Evaluated:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.precision import autocast
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
@@ -161,7 +162,7 @@ def _difference(taken: _Taken[Any], right: _Taken[Any], leaves: Sequence[Tensor]
 
 
 def _tolerance(leaves: Sequence[Tensor]) -> float:
-    if torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled():
+    if autocast():
         return 1e-1
     widths = {leaf.dtype: torch.finfo(leaf.dtype).eps for leaf in leaves if leaf.is_floating_point()}
     return float(max(widths.values(), default=1e-16)) ** 0.5  # 1e-8 in double, 3e-4 in single precision
@@ -174,8 +175,8 @@ def _norm(gradient: Tensor | None) -> float:
 def _give_up(pair: Pair, what: str) -> None:
     pair.slow = what
     warnings.warn(
-        f"A shortened step gave other numbers than the ordinary one ({what}), so only ordinary steps are taken from now "
-        "on for this model and guide, and their numbers are used. The model most likely reads something that changes "
+        f"A shortened step gave other numbers than the ordinary one ({what}), so only ordinary steps are taken from "
+        "now on for this model and guide, and their numbers are used. The model most likely reads something that changes "
         "between its runs, such as a counter, a file or a random stream of its own; give such values as arguments. "
         "SAM_ELBO(fast=False) takes ordinary steps from the start.",
         UserWarning,
