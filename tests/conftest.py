@@ -31,7 +31,7 @@ def clean_pyro() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def unwatched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def sentinel_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch the sentinel off, which would hide a difference that a test looks for; ``watched`` tests are of it."""
     if request.node.get_closest_marker("watched") is None:
         monkeypatch.setattr(sentinel, "is_due", lambda count: False)

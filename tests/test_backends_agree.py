@@ -1,6 +1,5 @@
 """Whatever a user changes between two steps, every back end gives the numbers of ordinary steps."""
 
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
 
 import pyro_sam as ps
+from pyro_sam._graph import lowering
 from tests.scenarios import (
     SCENARIOS,
     Scenario,
@@ -40,31 +39,14 @@ NAMES = [scenario.name for scenario in SCENARIOS]
 
 
 @pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch off the comparison with an ordinary step that the estimator makes now and then: it would hide the rest."""
-    try:
-        sentinel = importlib.import_module("pyro_sam.elbo.sentinel")
-    except ImportError:
-        return
-    monkeypatch.setattr(sentinel, "is_due", lambda count: False, raising=False)
-
-
-@pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replay graphs operation by operation, which takes no seconds of a C++ compiler."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-
-
-def _hides_nothing(name: str) -> bool:
-    return False
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
 
 
 def ordinary(*args: Any, compile: bool = False, **settings: Any) -> ps.SAM_ELBO:
     """Return the estimator that takes ordinary steps only."""
-    try:
-        return ps.SAM_ELBO(*args, fast=False, **settings)
-    except TypeError:
-        return ps.SAM_ELBO(*args, **{"hide": _hides_nothing, **settings})
+    return ps.SAM_ELBO(*args, fast=False, **settings)
 
 
 @contextmanager
@@ -77,7 +59,7 @@ def heard() -> Iterator[list[str]]:
     texts += [str(each.message).splitlines()[0] for each in caught if each.category is UserWarning]
 
 
-@pytest.mark.usefixtures("unwatched", "replayed")
+@pytest.mark.usefixtures("replayed")
 @pytest.mark.parametrize(("scenario", "back_end"), CASES, ids=IDS)
 def test_the_numbers_are_those_of_ordinary_steps(scenario: Scenario, back_end: str) -> None:
     settings = BACK_ENDS[back_end]
@@ -88,6 +70,7 @@ def test_the_numbers_are_those_of_ordinary_steps(scenario: Scenario, back_end: s
     assert scenario.fails == any("error" in entry for entry in want)
 
 
+@pytest.mark.watched
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAMES)
 def test_nothing_is_said_about_a_difference_that_is_not_there(scenario: Scenario) -> None:
     with heard() as expected:

@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import nn
 
 import pyro_sam as ps
-from pyro_sam._graph import capture
+from pyro_sam._graph import lowering
 
 X = torch.linspace(-1, 1, 24).reshape(12, 2).double()
 Y = (torch.sin(3 * X.sum(-1)) > 0).long()
@@ -23,7 +23,7 @@ Y = (torch.sin(3 * X.sum(-1)) > 0).long()
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replay graphs operation by operation, which takes no seconds of a C++ compiler."""
-    monkeypatch.setattr(capture, "_compiled", lambda graph: graph)
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
 
 
 def network(dropout: float) -> nn.Module:
@@ -277,7 +277,7 @@ def test_without_a_compiler_the_graph_is_replayed(
 
         return fail
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(lowering, "compiled", broken)
     with caplog.at_level(logging.WARNING):
         captured = trained(True, ps.MixSAM(0.5))
     assert captured[0] == pytest.approx(trained(False, ps.MixSAM(0.5))[0], rel=1e-10)

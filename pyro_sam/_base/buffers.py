@@ -37,13 +37,18 @@ class Buffers:
         """Put back what the buffers were."""
         for (module, name), (buffer, value) in self._before.items():
             # through .data: a graph that saved the buffer must not take this for a change
-            buffer.data.copy_(value)
+            if not _is_expanded(buffer):  # nobody can have written into it
+                buffer.data.copy_(value)
             module._buffers[name] = buffer
 
     def _save(self, module: nn.Module, args: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and (module, name) not in self._before:
                 self._before[module, name] = (buffer, buffer.detach().clone())
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextmanager

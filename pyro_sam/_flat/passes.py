@@ -95,11 +95,11 @@ class FlatPasses(Passes):
         flat = self.flat
         if not self._lead:
             e = torch.empty_like(flat.loc).detach()
-            for part in e.split(flat.sizes):
-                part.normal_()
+            for part, shape in zip(e.split(flat.sizes), flat.shapes, strict=True):
+                part.view(shape).normal_()
             return e.unsqueeze(0)
-        like = {"dtype": flat.loc.dtype, "device": flat.loc.device}
-        draws = [torch.randn(shape, **like) for shape in self._shapes]
+        dtype, device = flat.loc.dtype, flat.loc.device
+        draws = [torch.randn(shape, dtype=dtype, device=device) for shape in self._shapes]
         return torch.cat([draw.view(self.num_particles, -1) for draw in draws], -1)
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_sam._base.buffers import called_modules, kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams, rewound
 from pyro_sam._flat.recorder import Silence
+from pyro_sam._graph import lowering
 from pyro_sam._graph.draws import CannotCapture, NoReading, Operations
 from pyro_sam._graph.recurrent import with_recurrent_layers
 from pyro_sam._step.call import Call
@@ -69,8 +70,8 @@ def capture(
         CannotCapture: If the step reads values of tensors, or a module replaces a buffer.
     """
     streams = Streams(own=call.streams.own)
-    here = RandomState.capture(streams)
-    memory = [(tensor, tensor.clone()) for tensor in state()]
+    streams = Streams(own=call.streams.own)
+    here, memory = RandomState.capture(streams), _Kept(state())
     with rewound(here, streams):
         with kept_buffers(call.modules), poutine.trace(param_only=True) as seen, called_modules() as modules:
             first()
@@ -80,19 +81,21 @@ def capture(
     buffers = {module: dict(module._buffers) for module in (*modules, *call.modules)}
     operations, targets = Operations(), list[Tensor]()
 
-    def whole(*tensors: Tensor) -> list[Tensor]:
-        with NoReading(), operations:
-            loss, holds = step(*tensors)
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise CannotCapture("the loss depends on no parameter")
-            targets[:] = _leaves(loss)
-            gradients = torch.autograd.grad(loss, targets, allow_unused=True)
+    def taken(*tensors: Tensor) -> list[Tensor]:
+        loss, holds = step(*tensors)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise CannotCapture("the loss depends on no parameter")
+        targets[:] = _leaves(loss)
+        gradients = torch.autograd.grad(loss, targets, allow_unused=True)
         used = [torch.zeros_like(p) if g is None else g for p, g in zip(targets, gradients, strict=True)]
         return [loss.detach(), torch.ones_like(loss, dtype=torch.bool) if holds is None else holds, *used]
 
+    def whole(*tensors: Tensor) -> list[Tensor]:
+        with NoReading(), operations:
+            return taken(*tensors)
+
     # a graph writes to buffers behind the backs of their modules
-    written = [*state(), *(b for known in buffers.values() for b in known.values() if b is not None)]
-    before = [tensor.clone() for tensor in written]
+    written = _Kept([b for known in buffers.values() for b in known.values() if b is not None])
     try:
         with rewound(here, streams), kept_buffers(call.modules), torch.enable_grad(), Silence():
             # tensors of their own, so that the model's are not taken for them
@@ -100,18 +103,31 @@ def capture(
             _refuse_replaced(buffers)
         with rewound(here, streams), torch.no_grad(), Silence():
             runnable = _that_runs(with_recurrent_layers(_lean(graph)), inputs)
+        with rewound(here, streams), kept_buffers(call.modules), Silence():
+            _say_if_it_does_not_pay(runnable, taken, inputs)
     finally:
-        for tensor, value in zip(written, before, strict=True):
-            tensor.data.copy_(value)
-        for tensor, value in memory:
-            tensor.data.copy_(value)
-        if not memory:
-            for tensor in state():
-                tensor.data.zero_()
+        written.put_back()
+        memory.put_back(state())
     leaves = {id(leaf): leaf for leaf in (*targets, *statements.values())}
     for module in modules:
         leaves.update((id(leaf), leaf) for leaf in module.parameters(recurse=False))
     return Captured(runnable, targets, list(leaves.values()), statements, list(modules), operations.reads)
+
+
+class _Kept:
+    """Values of tensors, to put back what a capture writes to them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._before = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def put_back(self, made_since: Sequence[Tensor] = ()) -> None:
+        """Put back all values; averages that were not there before are zero."""
+        known = {id(tensor) for tensor, _ in self._before}
+        for tensor in made_since:
+            if id(tensor) not in known:
+                tensor.data.zero_()
+        for tensor, value in self._before:
+            tensor.data.copy_(value)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -164,20 +180,11 @@ def _lean(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def _compiled(graph: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    # torch's own random numbers, so that a seed means the same as without compilation; where there are several threads
-    # and draws of several kinds (dropout), its compiler may take them in another order all the same. Convolutions stay
-    # in the layout of the network: another one slows down small ones.
-    options: Any = {"fallback_random": True, "layout_optimization": False}
-    compiled: Any = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-    return compiled
-
-
 def _that_runs(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Return the graph compiled by torch; as it is where torch cannot compile it, for want of a compiler, say."""
     validate, began = Distribution._validate_args, time.perf_counter()
     try:
-        compiled = _compiled(graph)
+        compiled = lowering.compiled(graph, inputs)
         compiled(*inputs)
         log.info("compile=True: compiling a step took %.1f s.", time.perf_counter() - began)
         return compiled
@@ -191,3 +198,27 @@ def _that_runs(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Se
     except Exception as error:
         raise CannotCapture("an operation in it cannot be replayed") from error
     return graph
+
+
+def _say_if_it_does_not_pay(
+    runnable: Callable[..., Any], usual_way: Callable[..., Any], inputs: Sequence[Tensor]
+) -> None:
+    with torch.enable_grad():
+        usual = min(_seconds(usual_way, inputs) for _ in range(2))
+    with torch.no_grad():
+        captured = min(_seconds(runnable, inputs) for _ in range(3))
+    if captured > _WORTH_IT * usual:
+        log.info(
+            "compile=True: a captured step takes %.2f of the time of an uncompiled one, so compiling hardly pays for "
+            "this network.",
+            captured / usual,
+        )
+
+
+_WORTH_IT = 0.9
+
+
+def _seconds(function: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+    began = time.perf_counter()
+    function(*inputs)
+    return time.perf_counter() - began

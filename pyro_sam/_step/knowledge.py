@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState, Streams, rewound
+from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.recent import Recent
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
@@ -69,8 +70,7 @@ class Pair:
         """Return the number of dimensions of nested plates, that of vectorised particles included."""
         if self.known_nesting(settings) == math.inf:
             guess: Any = Trace_ELBO()
-            # no trace: a run that is taken up again begins with such a guess, too
-            with kept_buffers(call.modules), rewound(RandomState.capture(call.streams), call.streams):
+            with kept_buffers(call.modules):
                 guess._guess_max_plate_nesting(call.model, call.guide, call.args, call.kwargs)
             self._nesting = int(guess.max_plate_nesting)
         return int(self.known_nesting(settings))
@@ -96,7 +96,9 @@ class Pair:
             more = Surroundings(*objects)
             modules, generators = modules + more.modules, generators + more.generators
         streams = (self._streams if fast else None) or Streams()
-        written = tuple(module for module in modules if module._buffers)
+        # an autoguide keeps its constants as buffers, and writes to none
+        own = set(call.guide.modules()) if isinstance(call.guide, AutoGuide) else ()
+        written = tuple(module for module in modules if module._buffers and module not in own)
         return replace(call, streams=replace(streams, own=tuple(generators)), modules=written)
 
     def note_streams(self, before: RandomState, call: Call) -> None:

@@ -25,6 +25,7 @@ from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
 from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Knowledge, Pair
+from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
 from pyro_sam._step.space import Terms
@@ -242,7 +243,10 @@ class SAM_ELBO(ELBO):
         if isinstance(call.guide, MeanFieldNormal):
             call.guide.initialize(*call.args, **call.kwargs)
         pair = self._knowledge.of(call)
-        return pair.complete(call, fast=_may_be_flat(call, pair, settings)), pair
+        call = pair.complete(call, fast=_may_be_flat(call, pair, settings))
+        if settings.together > 1:  # where a trial run is needed, it comes first, as in Pyro's estimators
+            pair.nesting(settings, call.with_functions(call.model, follow_minibatch(call)))
+        return call, pair
 
     def _particles(
         self, call: Call, pair: Pair, settings: Settings, kl_weight: Tensor | None = None
@@ -259,8 +263,8 @@ class SAM_ELBO(ELBO):
         """Return whether this step, if it is a fast one, is one that the sentinel looks at."""
         if pair.slow or not settings.fast or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             return False
-        if not (settings.compile or len(pair.known)):
-            return False
+        if not only_parameters_are_traced() or not (settings.compile or len(pair.known)):
+            return False  # an ordinary one
         pair.fast_steps += 1
         return sentinel.is_due(pair.fast_steps)
 

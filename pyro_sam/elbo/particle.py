@@ -114,10 +114,10 @@ class Particle:
         numbers of a training do not depend on which of its steps was the first, before or after an interruption.
         """
         pair = self.pair
-        if self.fast and pair.failures < PATIENCE:
+        if self.fast and pair.failures < PATIENCE and (self._is_promising() or not len(pair.known)):
             start = RandomState.capture(self.call.streams)
             for is_rehearsed in (False, True):
-                if (found := self._take_flat(take, start, graph=graph)) is not None:
+                if self._is_promising() and (found := self._take_flat(take, start, graph=graph)) is not None:
                     pair.failures = 0
                     return found[0]
                 if torch.is_inference_mode_enabled():  # has no graph to find out from: it says nothing of the model
@@ -132,7 +132,7 @@ class Particle:
 
     def _take_flat(self, take: Callable[[Passes], T], start: RandomState, *, graph: bool) -> tuple[T] | None:
         passes = self._flat(graph=graph)
-        if passes is None or not self._is_promising():
+        if passes is None:
             return None
         buffers = passes.buffers
         buffers.watch()

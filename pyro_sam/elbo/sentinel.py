@@ -176,9 +176,9 @@ def _give_up(pair: Pair, what: str) -> None:
     pair.slow = what
     warnings.warn(
         f"A shortened step gave other numbers than the ordinary one ({what}), so only ordinary steps are taken from "
-        "now on for this model and guide, and their numbers are used. The model most likely reads something that changes "
-        "between its runs, such as a counter, a file or a random stream of its own; give such values as arguments. "
-        "SAM_ELBO(fast=False) takes ordinary steps from the start.",
+        "now on for this model and guide, and their numbers are used. The model most likely reads something that "
+        "changes between its runs, such as a counter, a file or a random stream of its own: give such values as "
+        "arguments. SAM_ELBO(fast=False) takes ordinary steps from the start.",
         UserWarning,
         stacklevel=4,
     )
