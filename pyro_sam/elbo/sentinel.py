@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def is_due(count: int) -> bool:
     """Return whether a pair's fast step of this number, from 1, is looked at: the 2nd, 4th, 8th, ..., each 1000th."""
-    return count > 1 and (count % 1000 == 0 if count > 1000 else count & (count - 1) == 0)
+    return count > 1 and (count % 1000 == 0 if count >= 1000 else count & (count - 1) == 0)
 
 
 @dataclass(frozen=True)
