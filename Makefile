@@ -8,6 +8,9 @@ DEMO_ARGS ?=
 # Where the benchmark writes, and what it adds to `python -m benchmarks.step_time`.
 BENCH_OUT ?= results/bench
 BENCH_ARGS ?=
+# How long `make soak` looks for differences, and where its seeds begin.
+SOAK_SECONDS ?= 3600
+SOAK_SEED ?= 0
 # What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
 TEST_ARGS ?=
 
@@ -22,7 +25,7 @@ help:
 	@echo "make demo   compare the methods on the digits data set (results in $(OUT))"
 	@echo "make figure run the demo and keep its figure for the README"
 	@echo "make test   run the whole suite: tests, README, tutorials"
-	@echo "make soak   train for 20 000 steps and see that nothing grows"
+	@echo "make soak   two estimators in lockstep for SOAK_SECONDS (an hour), then 20 000 steps in which nothing may grow"
 	@echo "make bench  time a training step against other estimators (results in $(BENCH_OUT))"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   build the wheel and the sdist, and look into both"
@@ -55,6 +58,8 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest tests README.md tutorials --nbmake $(TEST_ARGS)
 
 soak: $(STAMP)
+	@echo "== fast and ordinary steps in lockstep for $(SOAK_SECONDS) seconds from seed $(SOAK_SEED)"
+	@OMP_NUM_THREADS=1 SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEED=$(SOAK_SEED) $(BIN)/python -m tests.test_lockstep
 	@echo "== 20 000 steps: memory, param store and optimiser state must not grow"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 

@@ -24,6 +24,7 @@ from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._base.vectorised import ParticlePlate, run
 from pyro_sam._flat.recorder import Recorder, lone_recorder
 from pyro_sam._flat.weights import Weights
+from pyro_sam._step.dependence import tensors_of
 
 
 class BayesianModule(PyroModule):
@@ -191,6 +192,7 @@ class _Met:
 
     def __init__(self, net: nn.Module, prior: Any) -> None:
         self._net, self._prior, self._seen = net, prior, Surroundings(prior)
+        self._tensors = [(tensor, tensor.data_ptr()) for tensor in tensors_of(prior)]
         self._copied: list[tuple[Tensor, Tensor]] = []  # what a copy was made of, and its value then
 
     def note_copy(self, tensor: Tensor) -> None:
@@ -204,7 +206,9 @@ class _Met:
             return False
         if not isinstance(prior, Distribution):  # called at every run, or constant
             return True
-        return self._seen.is_same() and all(tensor.is_meta or torch.equal(tensor, was) for tensor, was in self._copied)
+        in_place = all(tensor.data_ptr() == place for tensor, place in self._tensors)
+        same = all(tensor.is_meta or torch.equal(tensor, was) for tensor, was in self._copied)
+        return in_place and same and self._seen.is_same()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyro_sam as ps
+from pyro_sam._graph import lowering
+from pyro_sam.elbo import sentinel
 from tests.scenarios import Knobs, World, data, difference, fresh_start, observe
 from tests.test_backends_agree import heard, ordinary
 
@@ -285,21 +287,12 @@ def named(end: str) -> list[Any]:
     return [p for name, p in pyro.get_param_store().named_parameters() if name.endswith(end)]
 
 
-@pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See the same in ``tests/test_backends_agree.py``."""
-    sentinel = pytest.importorskip("pyro_sam.elbo.sentinel")
-    monkeypatch.setattr(sentinel, "is_due", lambda count: False, raising=False)
-
-
-@pytest.mark.usefixtures("unwatched")
 def test_lean_steps_keep_in_step() -> None:
     run_state_machine_as_test(Lockstep, settings=settings(max_examples=55, stateful_step_count=40, **IN_CI))
 
 
-@pytest.mark.usefixtures("unwatched")
 def test_captured_steps_keep_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
     monkeypatch.setattr(Lockstep, "compile", True)
     run_state_machine_as_test(Lockstep, settings=settings(max_examples=4, stateful_step_count=12, **IN_CI))
 
@@ -309,7 +302,8 @@ def main() -> None:
     end = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "3600"))
     seed = int(os.environ.get("SOAK_SEED", "0"))
     torch.set_default_dtype(torch.float64)
-    torch.compile = lambda graph, **_: graph
+    lowering.compiled = lambda graph, inputs: graph
+    sentinel.is_due = lambda count: False  # it would hide what is looked for
     warnings.simplefilter("ignore")
     while time.monotonic() < end:
         Lockstep.compile = seed % 4 == 3

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
@@ -99,6 +100,8 @@ class Surroundings:
             n for n, v in vars(item).items() if not (foreign and (n.startswith("_") or isinstance(v, dict | list)))
         ]
         names += [] if foreign else [_NEW]
+        if isinstance(item, AutoGuide):  # made anew at each run
+            names = [name for name in names if name != "plates"]
         self._add(_Part(read := functools.partial(_of_module, item, names), read(), _put_into(vars(item), names)))
         self._todo += [each for each in item._modules.values() if each is not None]
         if not foreign:
@@ -175,10 +178,16 @@ class Surroundings:
 
 
 def _alike(value: Any, known: Any) -> bool:
-    """Return whether two values are one, or equal and plain."""
+    """Return whether two values are one, equal and plain, or hold the same ones."""
     if value is known:
         return True
-    return type(value) is type(known) and isinstance(value, PLAIN) and bool(value == known)
+    if type(value) is not type(known):
+        return False
+    if isinstance(value, dict):
+        return value.keys() == known.keys() and all(value[key] is known[key] for key in value)
+    if isinstance(value, list | tuple):
+        return len(value) == len(known) and all(map(operator.is_, value, known))
+    return isinstance(value, PLAIN) and bool(value == known)
 
 
 def _put_into(owner: dict[str, Any], names: list[str]) -> Callable[[int, Any], None]:

@@ -62,10 +62,10 @@ class NormalPriors:
         return terms
 
     def _now(self) -> list[_Stretch]:
-        # read as numbers where that is no wait for a device; a capture must see the tensors themselves
+        # read as numbers where they lie in the host's memory; a capture must see the tensors themselves
         if not self._on_cpu or torch._C._len_torch_dispatch_stack():
             return _joined(self._places)
-        numbers = [tensor.item() for tensor in self._tensors]
+        numbers = [tensor.numpy().item() for tensor in self._tensors]
         if numbers != self._numbers or not self._stretches:
             self._numbers, known = numbers, dict(zip(self._places_in_memory, numbers, strict=True))
             values = [(known[loc], known[scale]) for *_, (loc, scale) in self._places]
