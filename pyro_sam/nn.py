@@ -100,8 +100,10 @@ class BayesianModule(PyroModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`forward`."""
-        self._meet()
-        if self._is_fixed and type(self).forward is BayesianModule.forward and lone_recorder() is not None:
+        recorder = lone_recorder()
+        if recorder is None or self not in recorder.looked_at:
+            self._meet()
+        if self._is_fixed and type(self).forward is BayesianModule.forward and recorder is not None:
             return nn.Module.__call__(self, *args, **kwargs)  # nothing in it needs a PyroModule's context
         return super().__call__(*args, **kwargs)
 

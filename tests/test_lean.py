@@ -22,6 +22,7 @@ import pyro_sam as ps
 from pyro_sam._flat.priors import NormalPriors
 from pyro_sam._flat.recorder import Silence
 from pyro_sam._flat.vectors import FlatNormal
+from pyro_sam._step.memory import Layout
 from pyro_sam.elbo import particle
 from pyro_sam.elbo.particle import Particle
 
@@ -246,8 +247,8 @@ def test_the_kl_is_torchs_with_both_derivatives(prior_loc: float, prior_scale: f
     prior = dist.Normal(prior_loc, prior_scale).expand([5]).to_event(1)
 
     def kl(loc: Tensor, scale: Tensor) -> Tensor:
-        flat = FlatNormal(("w",), (torch.Size([5]),), [5], loc, scale)
-        (term,) = NormalPriors(flat.names, flat.sizes, {"w": prior}).kl(flat)
+        flat = FlatNormal(Layout(("w",), (torch.Size([5]),), 1), loc, scale)
+        (term,) = NormalPriors(flat.layout, {"w": prior}).kl(flat)
         return term
 
     torch.testing.assert_close(kl(loc, scale), kl_divergence(dist.Normal(loc, scale).to_event(1), prior))
@@ -259,9 +260,9 @@ def test_the_kl_of_a_posterior_next_to_its_prior_keeps_its_digits() -> None:
     # 10^5 terms of 0.5, in single precision, must cancel
     loc, scale = torch.zeros(100_000), torch.full((100_000,), 0.1 * 1.001)
     loc, scale = loc.float(), scale.float()
-    flat = FlatNormal(("w",), (loc.shape,), [len(loc)], loc, scale)
+    flat = FlatNormal(Layout(("w",), (loc.shape,), 1), loc, scale)
     prior = dist.Normal(torch.tensor(0.0).float(), torch.tensor(0.1).float()).expand([len(loc)]).to_event(1)
-    (found,) = NormalPriors(flat.names, flat.sizes, {"w": prior}).kl(flat)
+    (found,) = NormalPriors(flat.layout, {"w": prior}).kl(flat)
     exact = kl_divergence(dist.Normal(loc.double(), scale.double()), dist.Normal(0.0, 0.1)).sum()
     assert float(found) == pytest.approx(float(exact), rel=0.02)
 

@@ -63,13 +63,11 @@ class Surroundings:
 
     def is_same(self) -> bool:
         """Return whether everything is what it was."""
-        for read, known, _ in self._parts:
-            values = read()
-            if len(values) != len(known):
-                return False
-            if not all(map(operator.is_, values, known)) and not all(map(_alike, values, known)):
-                return False
-        return all(array.tobytes() == content for array, content in self._arrays)
+        return all(map(_is_part_same, self._parts)) and all(a.tobytes() == content for a, content in self._arrays)
+
+    def has_same_objects(self) -> bool:
+        """Return whether only plain values, such as numbers, are others than they were."""
+        return all(_is_part_same(part, _both_plain) for part in self._parts)
 
     def restore(self) -> None:
         """Put plain values back, such as a counter of runs."""
@@ -175,6 +173,17 @@ class Surroundings:
         (type, _visit_type),
         ((Messenger, Distribution, Transform, SimpleNamespace, argparse.Namespace), _visit_object),
     )
+
+
+def _is_part_same(part: _Part, alike: Callable[[Any, Any], bool] | None = None) -> bool:
+    values, known = part.read(), part.known
+    if len(values) != len(known):
+        return False
+    return all(map(operator.is_, values, known)) or all(map(alike or _alike, values, known))
+
+
+def _both_plain(value: Any, known: Any) -> bool:
+    return _alike(value, known) or (isinstance(value, PLAIN) and isinstance(known, PLAIN))
 
 
 def _alike(value: Any, known: Any) -> bool:

@@ -1,27 +1,24 @@
 """The values of all sites at a noise, from two vectors, in one operation."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sam._step.memory import remember
+from pyro_sam._step.memory import Layout, remember
 
 
 class Where(NamedTuple):
     """How values lie in a vector.
 
     Args:
-        shapes: Shapes of the values, that of vectorised particles included.
-        sizes: Their numbers of scalars per particle.
+        layout: Where each site lies.
         detach_scale: Whether there is no gradient to scale.
         average: Gradients in the noise, which the backward pass adds its own to, in place; None for none.
         decay: Weight of the past in it.
     """
 
-    shapes: Sequence[torch.Size]
-    sizes: Sequence[int]
+    layout: Layout
     detach_scale: bool = False
     average: Tensor | None = None
     decay: float = 0.0
@@ -40,9 +37,8 @@ class Place(torch.autograd.Function):
         ctx.where, ctx.dims = where, (loc.dim(), scale.dim())
         w = torch.addcmul(loc, scale, e)
         if torch._C._len_torch_dispatch_stack():  # a capture sees operations, not storages
-            parts = w.split(list(where.sizes), -1)
-            return tuple(part.reshape(shape).clone() for part, shape in zip(parts, where.shapes, strict=True))
-        return tuple(_parts(w, where))
+            return tuple(part.clone() for part in where.layout.split(w).values())
+        return tuple(_parts(w, where.layout))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -51,7 +47,7 @@ class Place(torch.autograd.Function):
         where, p = ctx.where, len(e)
         parts = [
             e.new_zeros(p, size) if g is None else g.reshape(p, size)
-            for g, size in zip(outer, where.sizes, strict=True)
+            for g, size in zip(outer, where.layout.sizes, strict=True)
         ]
         g = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if where.average is not None:
@@ -64,10 +60,10 @@ class Place(torch.autograd.Function):
         return to_loc, to_scale, None, None
 
 
-def _parts(w: Tensor, where: Where) -> list[Tensor]:
+def _parts(w: Tensor, layout: Layout) -> list[Tensor]:
     """Return the parts of a new tensor as tensors that share its memory, but nothing that autograd knows of."""
     storage, stride, start, found = w.untyped_storage(), w.shape[-1], 0, []
-    for shape, size in zip(where.shapes, where.sizes, strict=True):
+    for shape, size in zip(layout.shapes, layout.sizes, strict=True):
         steps = _steps(shape, size, stride)
         found.append(w.new_empty(0).set_(storage, start, shape, steps))
         start += size

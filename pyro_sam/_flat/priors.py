@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_sam._flat.vectors import FlatNormal
+from pyro_sam._step.memory import Layout
 
 
 class _Stretch(NamedTuple):
@@ -25,18 +26,17 @@ class NormalPriors:
     """Constant Normal priors of sites that lie one after the other in a vector, with scalar loc and scale.
 
     Args:
-        names: Names of all sites.
-        sizes: Their numbers of elements.
+        layout: Where all sites lie.
         priors: Distributions by name of site.
     Attributes:
         others: Priors that are something else.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], priors: Mapping[str, Any]) -> None:
+    def __init__(self, layout: Layout, priors: Mapping[str, Any]) -> None:
         self.others: dict[str, Any] = {}
         self._places: list[_Stretch] = []
         start = 0
-        for name, size in zip(names, sizes, strict=True):
+        for name, size in zip(layout.names, layout.sizes, strict=True):
             if name in priors:
                 numbers = _scalars(priors[name])
                 if numbers is None:

@@ -14,6 +14,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.distributions import transform_to
 
 from pyro_sam._flat.recorder import listeners
+from pyro_sam._step.memory import Layout
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class FlatNormal:
     """Independent Normals of all sites of a guide, one after the other.
 
     Args:
-        names: Names of the sites.
-        shapes: Their shapes.
-        sizes: Their numbers of elements.
+        layout: Where each site lies.
         loc: Means, one vector, with the graph to the parameters.
         scale: Standard deviations, likewise.
         is_frozen: Whether a parameter requires no gradient.
@@ -31,9 +30,7 @@ class FlatNormal:
             guide's parameters.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    sizes: list[int]
+    layout: Layout
     loc: Tensor
     scale: Tensor
     is_frozen: bool = False
@@ -41,9 +38,9 @@ class FlatNormal:
 
     def site(self, name: str) -> Any:
         """Return the distribution of one site."""
-        index = list(self.names).index(name)
-        start, shape = sum(self.sizes[:index]), self.shapes[index]
-        loc, scale = (vector.narrow(0, start, self.sizes[index]).view(shape) for vector in (self.loc, self.scale))
+        index, sizes = self.layout.names.index(name), self.layout.sizes
+        start, shape = sum(sizes[:index]), self.layout.shapes[index]
+        loc, scale = (vector.narrow(0, start, sizes[index]).view(shape) for vector in (self.loc, self.scale))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(shape))
 
 
@@ -65,8 +62,7 @@ class FlatParameters:
         # locs first, then scales: the names of those that are parameters, the tensors, and where they are in memory
         self._names: list[str] = []
         self._tensors: list[Tensor] = []
-        self._shapes: list[torch.Size] = []
-        self._sizes: list[int] = []
+        self._layout = Layout(self._sites, (), 1)
         self._vectors: list[Tensor] = []
         self._pointers: list[int] = []
         self._pack()
@@ -90,7 +86,7 @@ class FlatParameters:
             rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
         frozen = not all(tensor.requires_grad for tensor in self._tensors[: len(self._names)])
-        flat = FlatNormal(self._sites, tuple(self._shapes), self._sizes, loc, scale, frozen, roots)
+        flat = FlatNormal(self._layout, loc, scale, frozen, roots)
         if handlers := listeners():
             scales = _unflatten_dense_tensors(scale.detach(), self._tensors[number:]) if self._learn_scale else ()
             self._state(handlers, [*self._tensors[:number], *scales])
@@ -150,8 +146,7 @@ class FlatParameters:
         if not _are_alike(tensors):
             return False
         self._names, self._tensors = names, tensors
-        self._shapes = [tensor.shape for tensor in tensors[: len(self._sites)]]
-        self._sizes = [shape.numel() for shape in self._shapes]
+        self._layout = Layout(self._sites, tuple(tensor.shape for tensor in tensors[: len(self._sites)]), 1)
         return True
 
     def _detached(self) -> list[Tensor]:

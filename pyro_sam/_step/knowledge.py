@@ -35,6 +35,7 @@ class Pair:
         enumeration: How the model is traced.
         plate_sizes: Sizes of plates, as first met.
         known: What flat passes know of the model, by kind of its run: whether they can take it.
+        last_flat: What was known of the last flat step, and the signature of its sites.
         failures: How many steps in a row could not be flat though they were tried.
         memory: Gradients of earlier steps.
         graphs: Captured steps.
@@ -50,6 +51,7 @@ class Pair:
     enumeration: Enumeration = field(default_factory=Enumeration)
     plate_sizes: dict[str, int] = field(default_factory=dict)
     known: Recent[Hashable, Any] = field(default_factory=lambda: Recent(_LIMIT))
+    last_flat: tuple[Any, Hashable] | None = None
     failures: int = 0
     memory: PreviousGradients | None = None
     graphs: Recent[Hashable, Any] = field(default_factory=lambda: Recent(_LIMIT))
@@ -79,8 +81,10 @@ class Pair:
         """Return what model and guide can see besides their arguments."""
         known = self._surroundings
         if known is None or not known.is_same():
-            known = self._surroundings = Surroundings(call.model, call.guide)
-            self._streams = None
+            if known is None or not known.has_same_objects():  # say, another layer, which may draw from another stream
+                self._streams, self.known, self.last_flat = None, Recent(_LIMIT), None
+            roots = [call.model] if isinstance(call.guide, AutoGuide) else [call.model, call.guide]
+            known = self._surroundings = Surroundings(*roots)
         return known
 
     def complete(self, call: Call, *, fast: bool) -> Call:

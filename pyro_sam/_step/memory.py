@@ -1,13 +1,11 @@
 r"""The ascent direction from earlier steps: an average of the descent passes' own gradients, at no pass of its own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Layout:
     """Where the noise of each site lies in a vector per particle.
 
@@ -15,16 +13,23 @@ class Layout:
         names: Names of the sites.
         shapes: Shapes of their noise, that of vectorised particles included.
         num_particles: Number of vectorised particles.
+    Attributes:
+        sizes: Numbers of scalars per particle.
+        d: Their sum.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    num_particles: int
+    def __init__(self, names: tuple[str, ...], shapes: tuple[torch.Size, ...], num_particles: int) -> None:
+        self.names, self.shapes, self.num_particles = names, shapes, num_particles
+        self.sizes = [shape.numel() // num_particles for shape in shapes]
+        self.d = sum(self.sizes)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of scalars per particle."""
-        return [shape.numel() // self.num_particles for shape in self.shapes]
+    def is_like(self, other: "Layout | None") -> bool:
+        """Return whether another layout is the same."""
+        if self is other:
+            return True
+        if other is None or self.num_particles != other.num_particles:
+            return False
+        return (self.names, self.shapes) == (other.names, other.shapes)
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """Return the parts of ``vectors``, shape (P, d), by site."""
@@ -58,7 +63,7 @@ class PreviousGradients:
         """
         vector = self._vector
         same = vector is not None and (vector.dtype, vector.device) == (like.dtype, like.device)
-        if vector is None or not same or layout != self._layout:
+        if vector is None or not same or not layout.is_like(self._layout):
             known = self.state_dict()
             parts = [
                 known[name] if name in known and known[name].shape == shape else like.new_zeros(shape)

@@ -135,6 +135,7 @@ class OrdinaryPasses(Passes):
         self._model_bookmarks = Bookmarks(call.streams) if self._many_passes else None
         self._guide_start: RandomState | None = None
         self._model_start: RandomState | None = None
+        self._layout: Layout | None = None
         self._first: GuideRun | None = None  # the guide's first run, and its noise until a pass uses it
         self._first_noise: tuple[Tensor, int] | None = None
 
@@ -145,8 +146,11 @@ class OrdinaryPasses(Passes):
 
     def layout(self) -> Layout:
         """Return the perturbed sites."""
-        sites = self._sites()
-        return Layout(tuple(sites), tuple(site.noise.shape for site in sites.values()), self.num_particles)
+        if self._layout is None:
+            sites = self._sites()
+            shapes = tuple(site.noise.shape for site in sites.values())
+            self._layout = Layout(tuple(sites), shapes, self.num_particles)
+        return self._layout
 
     def group_sizes(self) -> Sequence[int]:
         """Return for each site the number of noise scalars of one batch element."""

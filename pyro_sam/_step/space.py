@@ -132,8 +132,7 @@ class Space(NoiseSpace):
 
     def _checked(self, e: Any) -> Tensor:
         like = self._draw or self._zeros
-        layout = self._passes.layout()
-        d = sum(layout.sizes)
+        d = self._passes.layout().d
         if not isinstance(e, Tensor) or e.shape != (self.num_particles, d):
             shape = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(
