@@ -82,10 +82,15 @@ class BayesianModule(PyroModule):
             _check_prior(value)
         super().__setattr__(name, value)
 
+    def is_as_met(self) -> bool:
+        """Return whether network and prior are those that the last run's priors were made from."""
+        return bool(self._met.is_same(_network(self), self.prior))
+
     def _meet(self) -> None:
         """Take in the network and the prior, where one of them is another one than before, or the prior was edited."""
         net = _network(self)
-        if self._met is not None and self._met.is_same(net, self.prior):
+        # a capture follows a run, and must see no tensor compared
+        if self._met is not None and (torch._C._len_torch_dispatch_stack() or self.is_as_met()):
             return
         self._hidden = _hidden_names(net, self._hide)
         self._priors: dict[Any, Any] = {}

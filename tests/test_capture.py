@@ -282,3 +282,33 @@ def test_without_a_compiler_the_graph_is_replayed(
         captured = trained(True, ps.MixSAM(0.5))
     assert captured[0] == pytest.approx(trained(False, ps.MixSAM(0.5))[0], rel=1e-10)
     assert "no C++ compiler" in caplog.records[0].message
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("how", ["in place", "through data", "new data"])
+def test_a_prior_that_a_copy_was_made_of_is_followed(how: str, compile: bool) -> None:
+    # a prior in single precision of a network in double: what the step holds is a copy
+    scale = torch.tensor(1.0, dtype=torch.float32)
+    bnn = ps.BayesianModule(nn.Linear(2, 2), dist.Normal(torch.tensor(0.0, dtype=torch.float32), scale))
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        output = bnn(x)
+        with pyro.plate("data", 40, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Categorical(logits=output), obs=y)
+
+    guide = ps.MeanFieldNormal(model).initialize(X, Y)
+    elbo, ordinary = ps.SAM_ELBO(ps.Mean(), compile=compile), ps.SAM_ELBO(ps.Mean(), fast=False)
+    found = []
+    for value in (1.0, 0.3, 2.0):
+        if how == "in place":
+            bnn.prior.scale.fill_(value)
+        elif how == "through data":
+            bnn.prior.scale.data.fill_(value)
+        else:
+            bnn.prior.scale.data = torch.tensor(value, dtype=torch.float32)
+        found.append([each.loss_and_grads(model, guide, X, Y) for each in (elbo, elbo, ordinary)])
+    for first, second, right in found:
+        assert first == pytest.approx(right, rel=1e-10)
+        assert second == pytest.approx(right, rel=1e-10)
+    assert found[0][2] != pytest.approx(found[2][2], rel=1e-3)

@@ -65,9 +65,13 @@ class Surroundings:
         """Return whether everything is what it was."""
         return all(map(_is_part_same, self._parts)) and all(a.tobytes() == content for a, content in self._arrays)
 
-    def has_same_objects(self) -> bool:
-        """Return whether only plain values, such as numbers, are others than they were."""
-        return all(_is_part_same(part, _both_plain) for part in self._parts)
+    def acts_as(self, other: "Surroundings") -> bool:
+        """Return whether the functions, modules and random streams are those of another look; data may differ."""
+        return self._actors() == other._actors()
+
+    def _actors(self) -> set[int]:
+        kinds = (FunctionType, nn.Module)
+        return {key for key, item in self._seen.items() if isinstance(item, kinds) or is_generator(item)}
 
     def restore(self) -> None:
         """Put plain values back, such as a counter of runs."""
@@ -175,15 +179,11 @@ class Surroundings:
     )
 
 
-def _is_part_same(part: _Part, alike: Callable[[Any, Any], bool] | None = None) -> bool:
+def _is_part_same(part: _Part) -> bool:
     values, known = part.read(), part.known
     if len(values) != len(known):
         return False
-    return all(map(operator.is_, values, known)) or all(map(alike or _alike, values, known))
-
-
-def _both_plain(value: Any, known: Any) -> bool:
-    return _alike(value, known) or (isinstance(value, PLAIN) and isinstance(known, PLAIN))
+    return all(map(operator.is_, values, known)) or all(map(_alike, values, known))
 
 
 def _alike(value: Any, known: Any) -> bool:

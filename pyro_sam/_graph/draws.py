@@ -85,7 +85,7 @@ class NoReading(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_READERS = frozenset({"tolist", "numpy", "__array__", "data_ptr", "storage", "untyped_storage", "__dlpack__"})
+_READERS = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 
 
 def _has_open_shape(func: Any, args: Any) -> bool:

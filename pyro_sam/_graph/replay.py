@@ -68,6 +68,7 @@ class Variant:
             self._shown[name] = leaf.detach()
             self._shown[name].unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
         modules = {id(m): m for m in (*captured.modules, *self._seen.modules)}.values()
+        self._networks: list[Any] = [module for module in modules if hasattr(module, "is_as_met")]
         self._written = [b for module in modules for b in module._buffers.values() if b is not None] + self._state
 
     def is_current(self, state: Sequence[Tensor]) -> bool:
@@ -82,6 +83,8 @@ class Variant:
             if _constraints(statements) != self._constraints:
                 return False
         if [_form(leaf) for leaf in self._captured.leaves] != self._forms:
+            return False
+        if not all(network.is_as_met() for network in self._networks):
             return False
         return self._seen.is_same() and all(tensor.item() == value for tensor, value in self._captured.reads)
 

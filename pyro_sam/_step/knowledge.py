@@ -81,10 +81,11 @@ class Pair:
         """Return what model and guide can see besides their arguments."""
         known = self._surroundings
         if known is None or not known.is_same():
-            if known is None or not known.has_same_objects():  # say, another layer, which may draw from another stream
-                self._streams, self.known, self.last_flat = None, Recent(_LIMIT), None
             roots = [call.model] if isinstance(call.guide, AutoGuide) else [call.model, call.guide]
-            known = self._surroundings = Surroundings(*roots)
+            self._surroundings = Surroundings(*roots)
+            if known is None or not known.acts_as(self._surroundings):  # say, another layer, which draws otherwise
+                self._streams, self.known, self.last_flat = None, Recent(_LIMIT), None
+            known = self._surroundings
         return known
 
     def complete(self, call: Call, *, fast: bool) -> Call:

@@ -20,6 +20,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_sam._base.cures import explained
+from pyro_sam._base.random_state import RandomState
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
@@ -272,6 +273,7 @@ class SAM_ELBO(ELBO):
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
+        start = RandomState.capture()
         if settings.num_particles == 1:
             settings = replace(settings, perturbation=settings.perturbation.toss())
 
@@ -288,7 +290,10 @@ class SAM_ELBO(ELBO):
             for particle in self._particles(call, pair, settings):
                 particle.loss()
 
-        return replayed(call, pair, settings, checks.enabled(), first, step)
+        found = replayed(call, pair, settings, checks.enabled(), first, step)
+        if found is None:
+            start.restore()
+        return found
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
