@@ -312,3 +312,71 @@ def test_a_prior_that_a_copy_was_made_of_is_followed(how: str, compile: bool) ->
         assert first == pytest.approx(right, rel=1e-10)
         assert second == pytest.approx(right, rel=1e-10)
     assert found[0][2] != pytest.approx(found[2][2], rel=1e-3)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_a_number_that_python_reads_off_a_tensor_is_followed() -> None:
+    temperature = torch.tensor(0.5)
+
+    def model(y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(w * float(temperature), 1.0).expand([12]).to_event(1), obs=y)
+
+    guide, y = ps.MeanFieldNormal(model), X[:, 0]
+    guide(y)
+    elbo, ordinary = ps.SAM_ELBO(ps.Adversarial(2.0), compile=True), ps.SAM_ELBO(ps.Adversarial(2.0), fast=False)
+    losses = []
+    for value in (0.5, 0.5, 2.0, 0.5):
+        temperature.fill_(value)
+        losses.append(elbo.loss_and_grads(model, guide, y))
+        assert losses[-1] == pytest.approx(ordinary.loss_and_grads(model, guide, y), rel=1e-10)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    assert len(elbo._knowledge._pairs.values()[0].graphs.values()[0].variants) == 2  # captured, both of them
+
+
+class Batch:
+    """A batch that does not show what it holds."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self.y = y
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("kind", ["array", "object", "sparse"])
+def test_arguments_whose_content_may_change_unseen_are_not_captured(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = torch.zeros(5000)
+
+    def model(given: Any) -> None:
+        y = given.y if kind == "object" else given.to_dense() if kind == "sparse" else torch.as_tensor(given)
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(w, 1.0).expand([5000]).to_event(1), obs=y)
+
+    given: Any = {"array": values.numpy(), "object": Batch(values), "sparse": values.to_sparse()}[kind]
+    guide = ps.MeanFieldNormal(model)
+    guide(given)
+    elbo, ordinary = ps.SAM_ELBO(ps.Mean(), compile=True), ps.SAM_ELBO(ps.Mean(), fast=False)
+    with caplog.at_level(logging.WARNING):
+        for value in (0.0, 3.0):
+            values[2000:3000] = value  # in the middle of a long array, which does not show when printed
+            given = values.to_sparse() if kind == "sparse" else given
+            assert elbo.loss_and_grads(model, guide, given) == ordinary.loss_and_grads(model, guide, given)
+    assert len(caplog.records) == 1
+    assert "an argument is" in caplog.records[0].message
+
+
+def test_compiled_steps_tell_strides_apart() -> None:
+    x = torch.randn(6, 6)
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([6]).to_event(1))
+        pyro.sample("obs", dist.Normal(x @ w, 1.0).to_event(1), obs=torch.ones(6))
+
+    guide = ps.MeanFieldNormal(model)
+    guide(x)
+    elbo, ordinary = ps.SAM_ELBO(ps.Adversarial(0.5), compile=True), ps.SAM_ELBO(ps.Adversarial(0.5), fast=False)
+    for each in (x, x.T, x, x.T):
+        assert elbo.loss_and_grads(model, guide, each) == pytest.approx(
+            ordinary.loss_and_grads(model, guide, each), rel=1e-9
+        )
