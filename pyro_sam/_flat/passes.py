@@ -113,7 +113,7 @@ class FlatPasses(Passes):
     def ascend(self, e: Tensor) -> "FlatRan":
         """Run the model at a chosen noise, without a trace."""
         leaf = self.flat.loc.detach()
-        leaf = (leaf.expand_as(e).clone() if self._lead else leaf.clone()).requires_grad_()
+        leaf = (leaf.expand_as(e).clone() if self._lead else leaf).requires_grad_()
         values = Place.apply(leaf, self.flat.scale.detach(), e, Where(self._layout))
         ran = FlatRan(self, self._run(values), e, leaf, values)
         self.buffers.restore()

@@ -1,0 +1,209 @@
+"""What fast and ordinary steps have in common, against oracles: Pyro's estimator, or the same said otherwise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_sam as ps
+from pyro_sam._step.call import Call
+from pyro_sam._step.knowledge import Knowledge
+
+X = torch.linspace(-1, 1, 24).reshape(12, 2).double()
+Y = X[:, 0] - X[:, 1].sin()
+
+
+def taken(elbo: Any, model: Any, guide: Any, seed: int) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of a step at a seed."""
+    for _, leaf in pyro.get_param_store().named_parameters():
+        leaf.grad = None
+    pyro.set_rng_seed(seed)
+    loss = elbo.loss_and_grads(model, guide, X, Y)
+    named = pyro.get_param_store().named_parameters()
+    return float(loss), {name: leaf.grad.clone() for name, leaf in named if leaf.grad is not None}
+
+
+def same(a: Any, b: Any) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-10)
+    assert a[1].keys() == b[1].keys()
+    for name, value in a[1].items():
+        torch.testing.assert_close(value, b[1][name], rtol=1e-9, atol=1e-11)
+
+
+def regression(prior: Callable[[], Any]) -> Callable[..., None]:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = prior()
+        with pyro.plate("data", 40, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+    return model
+
+
+def heavy(around: Any) -> Callable[[], Any]:
+    def prior() -> Any:
+        with around():
+            return pyro.sample("w", dist.StudentT(3.0, 0.0, 1.0).expand([2]).to_event(1))
+
+    return prior
+
+
+HANDLERS = {
+    "scale": lambda: poutine.scale(scale=0.1),
+    "mask": lambda: poutine.mask(mask=False),
+    "both": lambda: poutine.scale(scale=3.0),
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_an_estimated_kl_is_scaled_and_masked_as_the_prior_is(handler: str, fast: bool) -> None:
+    model = regression(heavy(HANDLERS[handler]))
+    guide = ps.MeanFieldNormal(model).initialize(X, Y)
+    elbo, pyros = ps.SAM_ELBO(ps.Gaussian(), fast=fast), TraceMeanField_ELBO()
+    for seed in range(3):
+        same(taken(elbo, model, guide, seed), taken(pyros, model, guide, seed))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_scale_of_a_whole_model_counts_in_an_estimated_kl(fast: bool) -> None:
+    model = poutine.scale(regression(heavy(lambda: poutine.scale(scale=1.0))), scale=0.2)
+    guide = ps.MeanFieldNormal(model).initialize(X, Y)
+    elbo, pyros = ps.SAM_ELBO(ps.Gaussian(), fast=fast), TraceMeanField_ELBO()
+    for seed in range(3):
+        same(taken(elbo, model, guide, seed), taken(pyros, model, guide, seed))
+
+
+def stopped(tau: Tensor) -> Tensor:
+    """The value of tau, without a gradient but with a graph: what detach() is, in sight."""
+    return tau + (tau.detach() - tau)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("law", [ps.Mean(), ps.Adversarial(3.0), ps.AscendedSample(2.0)], ids=repr)
+def test_a_prior_on_a_detached_latent_depends_on_the_noise(law: ps.Perturbation, fast: bool) -> None:
+    def hierarchy(cut: Callable[[Tensor], Tensor]) -> Any:
+        def prior() -> Any:
+            tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+            return pyro.sample("w", dist.StudentT(3.0, 0.0, cut(tau).exp()).expand([2]).to_event(1))
+
+        return regression(prior)
+
+    hidden, seen = hierarchy(torch.Tensor.detach), hierarchy(stopped)
+    guide = ps.MeanFieldNormal(hidden).initialize(X, Y)
+    elbos = ps.SAM_ELBO(law, fast=fast), ps.SAM_ELBO(law, fast=fast)
+    for seed in range(3):
+        same(taken(elbos[0], hidden, guide, seed), taken(elbos[1], seen, guide, seed))
+
+
+class Shrunk(ps.Perturbation):
+    """A tenth of a draw, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        self.in_place = in_place
+
+    def noise(self, space: ps.NoiseSpace) -> Tensor:
+        z = space.gaussian()
+        return z.mul_(0.1) if self.in_place else z * 0.1
+
+
+class Climb(ps.Perturbation):
+    """Three steps, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        self.in_place = in_place
+
+    def noise(self, space: ps.NoiseSpace) -> Tensor:
+        e = space.zeros()
+        for _ in range(3):
+            step = 0.5 * space.direction(e)
+            e = e.add_(step) if self.in_place else e + step
+        return e
+
+
+class Scaled(ps.Perturbation):
+    """A direction at a length from loc and scale, which it writes into or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        self.in_place = in_place
+
+    def noise(self, space: ps.NoiseSpace) -> Tensor:
+        loc, scale = space.loc_and_scale()
+        u = space.gradient(space.zeros())
+        length = loc.abs_().add_(0.1).div_(scale) if self.in_place else (loc.abs() + 0.1) / scale
+        return length * (u.div_(u.norm() + 1e-9) if self.in_place else u / (u.norm() + 1e-9))
+
+
+@pytest.mark.parametrize("settings", [{}, {"fast": False}, {"ascent": "previous"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("law", [Shrunk, Climb, Scaled])
+def test_a_law_may_write_into_what_it_was_given(law: Any, settings: Any) -> None:
+    model = regression(heavy(lambda: poutine.scale(scale=1.0)))
+    guide = ps.MeanFieldNormal(model).initialize(X, Y)
+    elbos = ps.SAM_ELBO(law(True), **settings), ps.SAM_ELBO(law(False), **settings)
+    for seed in range(4):
+        same(taken(elbos[0], model, guide, seed), taken(elbos[1], model, guide, seed))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_prior_or_network_set_later_is_as_one_given(fast: bool) -> None:
+    def build(net: nn.Module, prior: Any) -> tuple[ps.BayesianModule, Any]:
+        bnn = ps.BayesianModule(net, prior)
+
+        def model(x: Tensor, y: Tensor) -> None:
+            mean = bnn(x).squeeze(-1)
+            with pyro.plate("data", 40, subsample=torch.arange(len(x))):
+                pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+        return bnn, model
+
+    def net(act: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 3), act, nn.Linear(3, 1))
+
+    bnn, model = build(net(nn.Tanh()), dist.Normal(0.0, 1.0))
+    guide, elbo = ps.MeanFieldNormal(model).initialize(X, Y), ps.SAM_ELBO(ps.Adversarial(0.5), fast=fast)
+    for seed in range(2):
+        taken(elbo, model, guide, seed)
+    bnn.prior = dist.Normal(0.0, 10.0)
+    bnn.net = net(nn.ReLU())
+    _, fresh = build(net(nn.ReLU()), dist.Normal(0.0, 10.0))
+    same(taken(elbo, model, guide, 5), taken(ps.SAM_ELBO(ps.Adversarial(0.5), fast=False), fresh, guide, 5))
+    with pytest.raises(ValueError, match="prior must be a distribution"):
+        bnn.prior = 3.0
+    with pytest.raises(ValueError, match=r"net must be a torch\.nn\.Module"):
+        bnn.net = 3.0
+
+
+class Owner:
+    """A model that is a method."""
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        regression(heavy(lambda: poutine.scale(scale=1.0)))(x, y)
+
+
+def test_a_method_is_one_model_however_often_it_is_mentioned() -> None:
+    owner, knowledge = Owner(), Knowledge()
+    mentions = [owner.model, owner.model]  # two objects, both alive
+    first, second = (knowledge.of(Call(mention, regression, (), {})) for mention in mentions)
+    assert first is second
+    assert knowledge.of(Call(Owner().model, regression, (), {})) is not first
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_ascent_of_earlier_steps_outlives_evaluations_of_other_models(fast: bool) -> None:
+    model = regression(heavy(lambda: poutine.scale(scale=1.0)))
+    guide = ps.MeanFieldNormal(model).initialize(X, Y)
+    elbos = [ps.SAM_ELBO(ps.Adversarial(0.7), ascent="previous", fast=fast) for _ in range(2)]
+    losses = []
+    for seed in range(4):
+        want = taken(elbos[0], model, guide, seed)
+        for _ in range(10):  # more of them than are remembered
+            held_out = regression(heavy(lambda: poutine.scale(scale=1.0)))
+            elbos[1].loss(held_out, guide, X[:5], Y[:5])
+        same(taken(elbos[1], model, guide, seed), want)
+        losses.append(want[0])
+    assert losses[1] > losses[0]  # it climbs from the second step on
