@@ -150,7 +150,8 @@ def test_a_law_may_write_into_what_it_was_given(law: Any, settings: Any) -> None
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_prior_or_network_set_later_is_as_one_given(fast: bool) -> None:
+@pytest.mark.parametrize("changed", [{"prior"}, {"net"}, {"net", "prior"}])
+def test_a_prior_or_network_set_later_is_as_one_given(changed: set[str], fast: bool) -> None:
     def build(net: nn.Module, prior: Any) -> tuple[ps.BayesianModule, Any]:
         bnn = ps.BayesianModule(net, prior)
 
@@ -168,9 +169,12 @@ def test_a_prior_or_network_set_later_is_as_one_given(fast: bool) -> None:
     guide, elbo = ps.MeanFieldNormal(model).initialize(X, Y), ps.SAM_ELBO(ps.Adversarial(0.5), fast=fast)
     for seed in range(2):
         taken(elbo, model, guide, seed)
-    bnn.prior = dist.Normal(0.0, 10.0)
-    bnn.net = net(nn.ReLU())
-    _, fresh = build(net(nn.ReLU()), dist.Normal(0.0, 10.0))
+    if "prior" in changed:
+        bnn.prior = dist.Normal(0.0, 10.0)
+    if "net" in changed:
+        bnn.net = net(nn.ReLU())
+    act = nn.ReLU() if "net" in changed else nn.Tanh()
+    _, fresh = build(net(act), dist.Normal(0.0, 10.0 if "prior" in changed else 1.0))
     same(taken(elbo, model, guide, 5), taken(ps.SAM_ELBO(ps.Adversarial(0.5), fast=False), fresh, guide, 5))
     with pytest.raises(ValueError, match="prior must be a distribution"):
         bnn.prior = 3.0
