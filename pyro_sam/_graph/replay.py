@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -60,7 +61,10 @@ class Variant:
 
     def __init__(self, captured: Captured, call: Call, state: Sequence[Tensor]) -> None:
         self._captured, self._state, self.uses = captured, list(state), 0
-        self._seen = Surroundings(call.model, call.guide, *captured.modules)
+        # of an autoguide the parameters are looked at anyway
+        own = set(call.guide.modules()) if isinstance(call.guide, AutoGuide) else set()
+        guide = [module for module in own if module._buffers] if own else [call.guide]
+        self._seen = Surroundings(call.model, *guide, *(module for module in captured.modules if module not in own))
         self._forms = [_form(leaf) for leaf in captured.leaves]
         self._constraints = _constraints(captured.statements)
         self._shown: dict[str, Tensor] = {}
@@ -109,8 +113,7 @@ class Variant:
             # the statements by which SVI knows what to optimise
             for name, shown in self._shown.items():
                 effectful(lambda *_, shown=shown, **__: shown, type="param")(name, event_dim=None, name=name)
-        taken = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, *self._captured.leaves)}
-        return Replayed(loss, value, self._captured.targets, [_own(gradient, taken) for gradient in gradients])
+        return Replayed(loss, value, self._captured.targets, _owned(gradients, [*inputs, *self._captured.leaves]))
 
 
 @dataclass
@@ -143,7 +146,7 @@ def replayed(
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
         return None
-    key = settings.graph_key(), asked, _environment(), str(spec), tuple(map(_static, leaves)), _aliases(tensors)
+    key = settings.graph_key(), asked, _environment(), spec, tuple(map(_static, leaves)), _aliases(tensors)
     form = pair.graphs.get(key) or pair.graphs.put(key, _Form())
     if form.refused:
         return None
@@ -217,13 +220,21 @@ def _constraints(statements: Mapping[str, Tensor]) -> list[Any]:
     return [store._constraints.get(name) for name in statements]
 
 
-def _own(gradient: Tensor, taken: set[int]) -> Tensor:
-    """Return a gradient in memory that nothing else uses: it becomes a parameter's ``.grad``."""
-    place = gradient.untyped_storage().data_ptr()
-    if place in taken or gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size():
-        return gradient.clone(memory_format=torch.contiguous_format)
-    taken.add(place)
-    return gradient
+def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients in memory that nothing else uses: they become parameters' ``.grad``."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
+    used: dict[int, list[tuple[int, int]]] = {}
+    found = []
+    for gradient in gradients:
+        place, start = gradient.untyped_storage().data_ptr(), int(gradient.storage_offset())
+        stop, known = start + int(gradient.numel()), used.setdefault(place, [])
+        shared = place in taken or any(start < end and begin < stop for begin, end in known)
+        if shared or not gradient.is_contiguous():
+            found.append(gradient.clone(memory_format=torch.contiguous_format))
+        else:
+            known.append((start, stop))
+            found.append(gradient)
+    return found
 
 
 class _GivenGradients(torch.autograd.Function):

@@ -274,8 +274,9 @@ class SAM_ELBO(ELBO):
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
         start = RandomState.capture()
-        if settings.num_particles == 1:
-            settings = replace(settings, perturbation=settings.perturbation.toss())
+        law = settings.perturbation.toss() if settings.num_particles == 1 else settings.perturbation
+        if law is not settings.perturbation:
+            settings = replace(settings, perturbation=law)
 
         def step(kl_weight: Tensor, call: Call) -> tuple[Any, Tensor | None]:
             total: Any = 0.0
