@@ -1,6 +1,9 @@
 """Sharpness-aware variational inference for Pyro: an ELBO whose random sample is replaced by a chosen perturbation."""
 
+import sys as _sys
+
 from pyro_sam import arviz, flatness, metrics, nn, optim, plots
+from pyro_sam._flat import vectors as _vectors
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.nn import BayesianModule
@@ -16,6 +19,8 @@ from pyro_sam.perturbation import (
 )
 from pyro_sam.predictive import Prediction, predict
 from pyro_sam.training import Checkpoint, EarlyStopping, checkpoint, fit
+
+_sys.modules["pyro_sam.flat"] = _vectors  # guides that were pickled before it moved name it so
 
 __all__ = [
     "SAM_ELBO",

@@ -120,6 +120,12 @@ class MeanFieldNormal(AutoNormal):
             self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
         self._flat = self._flat_parameters()
 
+    def __setstate__(self, state: Any) -> None:
+        """Take over the state of a copy or a pickle, and lay out its parameters anew."""
+        super().__setstate__(state)
+        if "_flat" in vars(self):
+            self._flat = self._flat_parameters()
+
     def can_be_flat(self) -> bool:
         """Return whether all there is to the guide's sites is their loc and scale.
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 from typing import Any
 
 import pyro
@@ -296,3 +297,28 @@ def test_a_first_step_that_sets_the_guide_up_shows_its_parameters_alone(learn_sc
             guide()
         shown = {id(site["value"].unconstrained()) for site in statements.trace.nodes.values()}
         assert shown == {id(parameter) for parameter in guide.parameters()}
+
+
+def test_a_guide_that_was_pickled_before_its_parts_moved_goes_on() -> None:
+    guide = ps.MeanFieldNormal(pickled_model).initialize()
+    elbo = ps.SAM_ELBO(ps.Gaussian())
+    for _ in range(2):
+        elbo.loss_and_grads(pickled_model, guide)
+    # as such a pickle has it: under another module's name, and without what came later
+    assert sys.modules["pyro_sam.flat"].FlatParameters is type(guide._flat)
+    del guide._flat._layout
+    again = pickle.loads(pickle.dumps(guide))
+    losses = []
+    for each in (again, again.__class__(pickled_model)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        values = {name: p.detach().clone() for name, p in again.named_parameters()}
+        each.initialize().load_state_dict({**each.state_dict(), **values})
+        pyro.set_rng_seed(4)
+        losses.append(elbo.loss_and_grads(pickled_model, each))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def pickled_model() -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    pyro.sample("obs", dist.Normal(w.sum(), 1.0), obs=torch.tensor(1.0))
