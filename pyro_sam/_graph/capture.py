@@ -25,6 +25,7 @@ from pyro_sam._graph import lowering
 from pyro_sam._graph.draws import CannotCapture, NoReading, Operations
 from pyro_sam._graph.recurrent import with_recurrent_layers
 from pyro_sam._step.call import Call
+from pyro_sam._step.dependence import graph_of
 
 log = logging.getLogger(__name__)
 
@@ -132,19 +133,8 @@ class _Kept:
 
 def _leaves(loss: Tensor) -> list[Tensor]:
     """Return the tensors where a loss's graph begins: everything that backward would give a gradient to."""
-    found: dict[int, Tensor] = {}
-    todo: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-        todo += [following for following, _ in node.next_functions]
-    return list(found.values())
+    ends = [getattr(node, "variable", None) for node in graph_of([loss])]
+    return list({id(leaf): leaf for leaf in ends if leaf is not None}.values())
 
 
 def _refuse_other_streams(before: RandomState, streams: Streams) -> None:

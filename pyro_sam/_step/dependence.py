@@ -1,6 +1,6 @@
 """What in a step depends on the noise, seen in the graph of a run and in what changes at other noise."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,21 @@ def reaches(values: Iterable[Any], goals: Sequence[Any]) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if any(id(tensor) in leaves for tensor in tensors):
         return True
-    todo: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    # at its ends a graph has leaves
+    return any(node in nodes or id(getattr(node, "variable", None)) in leaves for node in graph_of(tensors))
+
+
+def graph_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Go through the nodes of the graph that some tensors come from, each once."""
+    todo: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node in nodes or id(getattr(node, "variable", None)) in leaves:  # the graph's end at a leaf
-            return True
+        yield node
         todo += [following for following, _ in node.next_functions]
-    return False
 
 
 def prior_parameters(model: Trace) -> list[Tensor]:

@@ -5,7 +5,6 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,6 @@ from pyro_sam.elbo import sentinel
 from pyro_sam.elbo.particle import Evaluated, Particle
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.perturbation import Adversarial, Perturbation
-
-log = logging.getLogger(__name__)
 
 
 class SAM_ELBO(ELBO):
