@@ -2,7 +2,7 @@ r"""The mean-field Normal guide, with plain Normal sites so that the KL is in cl
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +16,14 @@ from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import module as pyro_module
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
-from pyro_sam._base.arguments import flag, function
+from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
+from pyro_sam._base.fresh import fresh_weights
+from pyro_sam._base.replicas import mark, of_replica
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
 from pyro_sam._step.enumeration import is_marked
@@ -49,6 +51,13 @@ class MeanFieldNormal(AutoNormal):
 
     Parameters are stored per latent, as ``locs.NAME`` and ``scales.NAME`` (softplus of what the optimiser moves).
 
+    With ``num_replicas=R`` it is R guides side by side that one step of :class:`~pyro_sam.SAM_ELBO` trains, each as it
+    would be trained alone: every parameter gets a first dimension of size R, and the weights of a
+    :class:`~pyro_sam.BayesianModule` start at the network's own for the first replica and at fresh ones
+    (``reset_parameters`` of its layers) for the others, unless ``init_loc_fn`` says otherwise. :meth:`replica` gives
+    one of them as a guide of its own; :func:`pyro_sam.predict` mixes them. Parameters of the model itself would be
+    shared, and are refused.
+
     Args:
         model: Pyro model.
         init_loc_fn: Pyro initialisation of the locs per site; by default the weights of a
@@ -58,6 +67,7 @@ class MeanFieldNormal(AutoNormal):
             broadcasts to the site's loc.
         learn_scale: Whether scale is a parameter; otherwise it stays at ``init_scale``, as a buffer.
         create_plates: Called with the model's arguments, returns the plates to use for subsampled local latents.
+        num_replicas: Number R of guides side by side; None for a single one.
     Raises:
         ValueError: If ``init_scale`` is not positive and finite. At the first call: if the param store holds another
             model's parameters under this guide's names.
@@ -71,8 +81,11 @@ class MeanFieldNormal(AutoNormal):
         init_scale: float | Callable[[Any], float | Tensor] = 0.1,
         learn_scale: bool = True,
         create_plates: Callable[..., Any] | None = None,
+        num_replicas: int | None = None,
     ) -> None:
         flag("learn_scale", learn_scale)
+        if num_replicas is not None:
+            positive_int("num_replicas", num_replicas)
         function("model", model, "a Pyro model")
         function("init_loc_fn", init_loc_fn, "pyro.infer.autoguide.init_to_median")
         if create_plates is not None:
@@ -84,6 +97,8 @@ class MeanFieldNormal(AutoNormal):
             _check_init_scale(init_scale, "")
         self.init_scale = init_scale
         self.learn_scale = learn_scale
+        self.num_replicas = num_replicas
+        self._replica: int | None = None  # the one that is spoken of
 
     @explained
     def initialize(self, *args: Any, **kwargs: Any) -> "MeanFieldNormal":
@@ -100,23 +115,99 @@ class MeanFieldNormal(AutoNormal):
         try:
             # blocked: a handler such as SVI's must not take what is made on the way for the guide's parameters
             with kept_buffers(), poutine.block():
-                super()._setup_prototype(*args, **kwargs)
-                self._set_up_scales()
+                if self.num_replicas is None:
+                    super()._setup_prototype(*args, **kwargs)
+                else:
+                    self._set_up_replicas(self.num_replicas, *args, **kwargs)
+                self._set_up_scales(self._initial_scale)
         except BaseException:
             self.prototype_trace = None  # nothing is half set up: the next call starts anew
             raise
 
-    def _set_up_scales(self) -> None:
+    def _set_up_replicas(self, number: int, *args: Any, **kwargs: Any) -> None:
+        """Set up the locs of each replica and put them side by side."""
+        found = []
+        for r in reversed(range(number)):  # the first comes last, and stays the prototype
+            mine, by_name = of_replica(args, r), of_replica(kwargs, r)
+            with fresh_weights() if r else nullcontext():
+                _check_parameters(poutine.trace(self.model).get_trace(*mine, **by_name))
+                super()._setup_prototype(*mine, **by_name)
+            found.insert(0, self._locs())
+        self.locs = PyroModule()
+        for name, event_dim in self._event_dims.items():
+            loc = torch.stack([locs[name] for locs in found])
+            deep_setattr(self.locs, name, PyroParam(loc, constraints.real, event_dim))
+
+    def _locs(self) -> dict[str, Tensor]:
+        return {name: attrgetter(name)(self.locs).detach() for name in self._event_dims}
+
+    def replica(self, r: int) -> "MeanFieldNormal":
+        """Return a replica as a guide of its own, with copies of its parameters.
+
+        In the param store they are named after it, ``MeanFieldNormal_3.locs.NAME``; those of an earlier copy of the
+        same replica are replaced.
+
+        Args:
+            r: Number of the replica, from 0.
+        Raises:
+            ValueError: If there is no such replica, or the guide has no parameters yet.
+        """
+        self._check_replica(r)
+        single = type(self)(
+            self.model,
+            init_loc_fn=self.init_loc_fn,
+            init_scale=self.init_scale,
+            learn_scale=self.learn_scale,
+            create_plates=self.create_plates,
+        )
+        single._pyro_name = f"{self._pyro_name}_{r}"
+        store = pyro.get_param_store()
+        for name in [name for name in store if name.startswith(f"{single._pyro_name}.")]:
+            del store[name]
+        single.prototype_trace, single._prototype_frames = self.prototype_trace, self._prototype_frames
+        single._event_dims = dict(self._event_dims)
+        single.locs = PyroModule()
+        for name, event_dim in self._event_dims.items():
+            loc = attrgetter(name)(self.locs)[r].detach().clone()
+            deep_setattr(single.locs, name, PyroParam(loc, constraints.real, event_dim))
+        single._set_up_scales(lambda site, loc: attrgetter(site["name"])(self.scales)[r].detach().clone())
+        return single
+
+    @contextmanager
+    def as_replica(self, r: int) -> Iterator[None]:
+        """Be one of the replicas in the body: calls, ``median`` and ``quantiles`` are that replica's.
+
+        Args:
+            r: Number of the replica, from 0.
+        Raises:
+            ValueError: If there is no such replica, or the guide has no parameters yet.
+        """
+        self._check_replica(r)
+        before, self._replica = self._replica, r
+        try:
+            yield
+        finally:
+            self._replica = before
+
+    def _check_replica(self, r: int) -> None:
+        if self.num_replicas is None:
+            raise ValueError("the guide has no replicas; make it with MeanFieldNormal(model, num_replicas=R).")
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self.num_replicas:
+            raise ValueError(f"replica must be a whole number from 0 to {self.num_replicas - 1}, got {r!r}.")
+        if self.prototype_trace is None:
+            raise ValueError("the guide has no parameters yet; call guide.initialize(*args), or take a step.")
+
+    def _set_up_scales(self, initial: Callable[[Any, Tensor], Tensor]) -> None:
         self._transforms: dict[str, Transform | None] = {}
         # looked up once: a PyroModule is slow to walk through
         self._owners: dict[str, tuple[Any, Any]] = {}
         # not the scales, which the param store would keep
-        locs = {name: attrgetter(name)(self.locs).detach() for name in self._event_dims}
+        locs = self._locs()
         self.scales = PyroModule()
         for name, site in self._prototype_sites():
             self._check_stored(name, site)
             self._transforms[name] = _simplify(biject_to(site["fn"].support))
-            self._set_scale(name, self._initial_scale(site, locs[name]))
+            self._set_scale(name, initial(site, locs[name]))
             self._owners[name] = _owner(self.locs, name), _owner(self.scales, name)
         self._flat = self._flat_parameters()
 
@@ -162,7 +253,7 @@ class MeanFieldNormal(AutoNormal):
         if not (own and plain and self._owners) or self.scale_constraint.event_dim:
             return None
         places = {name: (*self._owners[name], name.rpartition(".")[2]) for name, _ in self._prototype_sites()}
-        return FlatParameters(places, learn_scale=self.learn_scale)
+        return FlatParameters(places, learn_scale=self.learn_scale, num_replicas=self.num_replicas)
 
     def _check_stored(self, name: str, site: Any) -> None:
         # PyroModule takes what the store has under its name
@@ -172,6 +263,8 @@ class MeanFieldNormal(AutoNormal):
         shape = list(biject_to(site["fn"].support).inv(site["value"]).shape)
         for frame in filter(attrgetter("vectorized"), site["cond_indep_stack"]):
             shape[frame.dim - self._event_dims[name]] = frame.full_size or frame.size
+        if self.num_replicas is not None:
+            shape.insert(0, self.num_replicas)
         found = store[full_name].shape
         if found != torch.Size(shape):
             raise ValueError(
@@ -216,7 +309,18 @@ class MeanFieldNormal(AutoNormal):
         if name not in self._owners:  # in the middle of setting up
             return super()._get_loc_and_scale(name)
         (locs, scales), leaf = self._owners[name], name.rpartition(".")[2]
-        return getattr(locs, leaf), getattr(scales, leaf)
+        loc, scale = getattr(locs, leaf), getattr(scales, leaf)
+        if self.num_replicas is None:
+            return loc, scale
+        if self._replica is None:
+            raise ValueError(
+                f"a guide with num_replicas={self.num_replicas} has no sample of its own; use guide.replica(r), "
+                "pyro_sam.predict, or train it with SAM_ELBO."
+            )
+        for owner in (locs, scales):
+            if (parameter := owner._parameters.get(f"{leaf}_unconstrained")) is not None:
+                mark(parameter, self.num_replicas)
+        return loc[self._replica], scale[self._replica]
 
     def _posterior(self, name: str) -> Any:
         loc, scale = self._get_loc_and_scale(name)
@@ -251,6 +355,15 @@ class MeanFieldNormal(AutoNormal):
                         stack.enter_context(plates[frame.name])
                 result[name] = pyro.sample(name, self._posterior(name))
         return result
+
+
+def _check_parameters(model: Any) -> None:
+    own = [name for name, site in model.nodes.items() if site["type"] == "param"]
+    if own:
+        raise ValueError(
+            f"the model has parameters of its own ({', '.join(own)}), which all replicas would share; give them a "
+            "prior, or train without num_replicas."
+        )
 
 
 _SAMPLING = ("__call__", "forward", "_posterior", "_get_loc_and_scale", "_create_plates")

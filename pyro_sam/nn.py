@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.nn.parameter import is_lazy
 
 from pyro_sam._base.arguments import positive
+from pyro_sam._base.fresh import starting_weights
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._base.vectorised import ParticlePlate, run
 from pyro_sam._flat.recorder import Recorder, lone_recorder
@@ -121,13 +122,13 @@ class BayesianModule(PyroModule):
             if recorder.lead:
                 return run(net, weights, len(recorder.lead), args, kwargs)
             return known.run(weights, recorder.buffers, args, kwargs)
-        weights = {}
+        weights, start = {}, starting_weights(net)
         with ParticlePlate() as plate:
             for name, parameter in net.named_parameters():
                 if name in self._hidden:
                     weights[name] = self._deterministic(name, parameter)
                 else:
-                    infer: Any = {"init_value": parameter.detach()}
+                    infer: Any = {"init_value": start[name].detach()}
                     weights[name] = pyro.sample(name, self._prior_of(name, parameter), infer=infer)
         return run(net, weights, plate.dim, args, kwargs)
 

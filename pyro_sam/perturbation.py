@@ -4,6 +4,9 @@ A Gaussian guide draws its latent as :math:`w = T(e)` with :math:`e \sim N(0, I_
 :math:`T(e) = \mathrm{loc} + \mathrm{scale} \odot e`. A law chooses another ``e``. It works in noise space, on one
 flat tensor of shape ``(P, d)``: ``P`` vectorised particles (1 without vectorisation) and ``d`` perturbed scalars. All
 that it may ask of the model it asks through :class:`NoiseSpace`.
+
+With replicas (``MeanFieldNormal(num_replicas=R)``) there is a row for each, and ``rho``, ``kappa`` and ``alpha`` may be
+sequences or vectors of length R.
 """
 
 import math
@@ -15,13 +18,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyro_sam._base.arguments import finite, non_negative, one_of
+from pyro_sam._base.arguments import PerReplica, finite, non_negative, one_of, per_replica
 
 Geometry = Literal["posterior", "euclidean", "adaptive", "fisher"]
 GEOMETRIES: tuple[str, ...] = ("posterior", "euclidean", "adaptive", "fisher")
 
 
-def unit(v: Tensor, length: float = 1.0) -> Tensor:
+def unit(v: Tensor, length: float | Tensor = 1.0) -> Tensor:
     r"""Return ``v`` divided by its L2 norm over the last dimension, times ``length``; zero where ``v`` is zero.
 
     Dividing by the largest entry first keeps the squares in range, so the result has norm one for gradients of
@@ -29,13 +32,13 @@ def unit(v: Tensor, length: float = 1.0) -> Tensor:
 
     Args:
         v: Vectors along the last dimension, any shape.
-        length: Norm of the result.
+        length: Norm of the result, a number or a tensor that broadcasts to ``v``.
     Returns:
         Tensor shaped like ``v``; NaN where ``v`` is not finite.
     """
     v = _in_range(v)
     norm = _norm(v)
-    return v.div_(norm) if length == 1 else v.mul_(length / norm)
+    return v.div_(norm) if not isinstance(length, Tensor) and length == 1 else v.mul_(length / norm)
 
 
 def _in_range(v: Tensor) -> Tensor:
@@ -93,6 +96,17 @@ class NoiseSpace(ABC):
     def map_groups(self, function: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
         """Apply ``function`` to each group of ``vectors`` (norms run over its last dimension) and join the results."""
         return self.join([function(*group) for group in zip(*map(self.groups, vectors), strict=True)])
+
+    def number(self, value: PerReplica, like: Tensor) -> float | Tensor:
+        """Return a law's number in a form that multiplies ``like``, whose first dimension runs over the rows.
+
+        Args:
+            value: A number, or a tuple with one for each row: replicas are rows.
+            like: Noise, or a group of it.
+        """
+        if not isinstance(value, tuple):
+            return value
+        return like.new_tensor(value).view(-1, *[1] * (like.dim() - 1))
 
     def direction(self, e: Tensor) -> Tensor:
         r"""Return :math:`\hat u(e) = u / \lVert u \rVert`, per group; zero where the gradient is zero."""
@@ -187,7 +201,7 @@ class Adversarial(Perturbation):
         arXiv:2102.11600, Eq. 9; Kim et al. (2022), arXiv:2206.04920, Eq. 8.
     """
 
-    rho: float | None = 1.0
+    rho: PerReplica | None = 1.0
     _: KW_ONLY
     steps: int = 1
     ord: float = 2
@@ -199,7 +213,7 @@ class Adversarial(Perturbation):
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.rho is not None:
-            non_negative("rho", self.rho)
+            object.__setattr__(self, "rho", per_replica(non_negative, "rho", self.rho))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got steps={self.steps!r}.")
         if not isinstance(self.ord, int | float) or self.ord not in (2, math.inf):
@@ -231,9 +245,10 @@ class Adversarial(Perturbation):
         """Return the maximiser of the linearised loss at ``e``, and the diagonal ``A`` of its ball (None for 1)."""
         u = space.gradient(e)
         if self.ord == math.inf:
-            return space.map_groups(lambda group: group.sign() * self._radius(group), u), None
+            return space.map_groups(lambda group: group.sign() * self._radius(space, group), u), None
         metric = self._metric(space, u)
-        step = space.map_groups(lambda group: unit(group, self._radius(group)), u if metric is None else u / metric)
+        v = u if metric is None else u / metric
+        step = space.map_groups(lambda group: unit(group, self._radius(space, group)), v)
         return (step if metric is None else step / metric), metric
 
     def _metric(self, space: NoiseSpace, u: Tensor) -> Tensor | None:
@@ -249,16 +264,16 @@ class Adversarial(Perturbation):
 
     def _project(self, space: NoiseSpace, e: Tensor, metric: Tensor | None) -> Tensor:
         def clip(group: Tensor, size: Tensor) -> Tensor:
-            radius = self._radius(group)
+            radius = self._radius(space, group)
             if self.ord == math.inf:
-                return group.clamp(-radius, radius)
+                return group.clamp(-radius, radius)  # type: ignore[arg-type]
             norm = torch.linalg.vector_norm(size, dim=-1, keepdim=True)
             return torch.where(norm > radius, group * (radius / norm), group)
 
         return space.map_groups(clip, e, e if metric is None else metric * e)
 
-    def _radius(self, group: Tensor) -> float:
-        return math.sqrt(group.shape[-1]) if self.rho is None else self.rho
+    def _radius(self, space: NoiseSpace, group: Tensor) -> float | Tensor:
+        return math.sqrt(group.shape[-1]) if self.rho is None else space.number(self.rho, group)
 
 
 @dataclass(frozen=True)
@@ -281,16 +296,16 @@ class MixSAM(Perturbation):
         Ujváry et al. (2022), arXiv:2210.10452.
     """
 
-    rho: float | None = None
-    kappa: float = 1.0
+    rho: PerReplica | None = None
+    kappa: PerReplica = 1.0
 
     ascends_from_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.rho is not None:
-            non_negative("rho", self.rho)
-        non_negative("kappa", self.kappa)
+            object.__setattr__(self, "rho", per_replica(non_negative, "rho", self.rho))
+        object.__setattr__(self, "kappa", per_replica(non_negative, "kappa", self.kappa))
 
     def noise(self, space: NoiseSpace) -> Tensor:
         """Return the mixed direction at length ``rho``."""
@@ -298,16 +313,19 @@ class MixSAM(Perturbation):
         if self.rho == 0 or self.kappa == 0:
             return adversary.noise(space)
         u, z = space.gradient(space.zeros()), space.gaussian()
-        return space.map_groups(self._mix, u, z)
+        return space.map_groups(lambda u, z: self._mix(space, u, z), u, z)
 
-    def _mix(self, u: Tensor, z: Tensor) -> Tensor:
-        u, length = _in_range(u), math.sqrt(u.shape[-1])
+    def _mix(self, space: NoiseSpace, u: Tensor, z: Tensor) -> Tensor:
+        u, length, kappa = _in_range(u), math.sqrt(u.shape[-1]), space.number(self.kappa, u)
         # divided by max(1, kappa), so that no kappa overflows; of moderate size, so that its norm needs no care
-        if self.kappa >= 1:
-            v = torch.addcmul(z, u, length / self.kappa / _norm(u))
+        if isinstance(kappa, Tensor):
+            large = kappa.clamp_min(1)
+            v = u.mul_(length / _norm(u) / large).addcmul_(z, kappa / large)
+        elif kappa >= 1:
+            v = torch.addcmul(z, u, length / kappa / _norm(u))
         else:
-            v = u.mul_(length / _norm(u)).add_(z, alpha=self.kappa)
-        return v.mul_((length if self.rho is None else self.rho) / _norm(v))
+            v = u.mul_(length / _norm(u)).add_(z, alpha=kappa)
+        return v.mul_((length if self.rho is None else space.number(self.rho, v)) / _norm(v))
 
 
 @dataclass(frozen=True)
@@ -322,16 +340,16 @@ class AscendedSample(Perturbation):
         ValueError: If ``alpha`` is not finite.
     """
 
-    alpha: float = 1.0
+    alpha: PerReplica = 1.0
 
     def __post_init__(self) -> None:
         """Check the argument."""
-        finite("alpha", self.alpha)
+        object.__setattr__(self, "alpha", per_replica(finite, "alpha", self.alpha))
 
     def noise(self, space: NoiseSpace) -> Tensor:
         """Return the climbed sample."""
         z = space.gaussian()
-        return z if self.alpha == 0 else z + self.alpha * space.direction(z)
+        return z if self.alpha == 0 else z + space.number(self.alpha, z) * space.direction(z)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """Checks of numbers that users give, with errors that name the argument, the rule and the value."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
+
+from torch import Tensor
+
+# a number, or one for each replica
+PerReplica = float | tuple[float, ...]
 
 
 def finite(name: str, value: float) -> float:
@@ -26,6 +31,22 @@ def non_negative(name: str, value: float) -> float:
     if finite(name, value) < 0:
         raise ValueError(f"{name} must be non-negative, got {name}={value!r}.")
     return float(value)
+
+
+def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> Any:
+    """Return a number as it is, and a sequence or a vector of them, one a replica, as a tuple of floats.
+
+    Raises:
+        ValueError: If ``check`` refuses one of them, or there is none.
+    """
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        check(name, value)
+        return value
+    if not value:
+        raise ValueError(f"{name} must be a number, or one for each replica, got {name}={value!r}.")
+    return tuple(check(f"{name}[{r}]", each) for r, each in enumerate(value))
 
 
 def positive_int(name: str, value: int) -> int:

@@ -1,12 +1,13 @@
 """Run a network once with weights of its own, or for all particles of a vectorised estimator at once."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -143,7 +144,7 @@ def _run_each(
         runs = [tensors({n: w[i] if n in mapped else w for n, w in weights.items()}) for i in range(size)]
         outputs = iter([torch.stack(values) for values in zip(*runs, strict=True)])
     else:
-        with _no_fused_attention(), _named_limits():
+        with no_fused_attention(), _named_limits():
             in_dims = ({name: 0 if name in mapped else None for name in weights},)
             outputs = iter(vmap(tensors, in_dims=in_dims, randomness="different")(weights))
     leaves, spec = structure
@@ -152,7 +153,8 @@ def _run_each(
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
+    """Keep torch from choosing an attention kernel that has no gradient."""
     # under vmap a weight does not tell that it requires grad, so torch would choose a kernel that has no gradient
     switch = getattr(torch.backends, "mha", None)  # torch 2.1 lacks it
     before = switch is None or switch.get_fastpath_enabled()
@@ -163,6 +165,12 @@ def _no_fused_attention() -> Iterator[None]:
     finally:
         if switch is not None:
             switch.set_fastpath_enabled(before)
+
+
+def unmapped() -> AbstractContextManager[Any]:
+    """Run the body outside of a map over replicas, if there is one: what it draws is shared by all."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return temporarily_pop_interpreter_stack() if inside else nullcontext()
 
 
 @contextmanager

@@ -226,7 +226,7 @@ class FlatRan(Ran):
         leaf: Any = self._leaf
         g = torch.zeros_like(leaf)
         if isinstance(self.data_loss, Tensor) and self.data_loss.requires_grad:
-            found = torch.autograd.grad(self.data_loss, [leaf], allow_unused=True)[0]
+            found = torch.autograd.grad(self.data_loss.sum(), [leaf], allow_unused=True)[0]
             g = g if found is None else found
         g = g.view_as(self._e)
         return g * self._passes.flat.scale.detach(), [g]
@@ -244,23 +244,26 @@ class FlatRan(Ran):
         if particles > 1 and normal.others:
             raise Surprise  # priors without a dimension for the particles
         terms = [particles * term if particles > 1 else term for term in terms]
-        terms += [self._term(name, {**_PLAIN, "fn": fn}) for name, fn in normal.others.items()]
-        terms += [self._term(name, prior) for name, prior in self.run.latents().items()]
-        return reduce(operator.add, terms)
-
-    def _term(self, name: str, prior: Any) -> Any:
-        site = {**_PLAIN, "value": self.run.values[name], "fn": self._passes.flat.site(name)}
-        exact = closed_form(site, prior)
-        if exact is not None:
-            return exact
-        self._is_estimate = True
-        return kl_of_site(site, {**prior, "value": site["value"]})
+        others, self._is_estimate = kl_terms(self.run, normal, flat)
+        return reduce(operator.add, terms + others)
 
     def sees_noise(self, kl: Loss) -> Dependence:
         """Return what depends on the noise: in the graph of this run, or in an ordinary run of this kind."""
         parameters = [t for site in self.run.latents().values() for t in tensors_of(site["fn"]) if t.requires_grad]
         prior = bool(parameters) and self._node is not None and reaches(parameters, [self._node])
         return Dependence(kl=prior or self._is_estimate or not self.known.kl_ignores_noise, prior=prior)
+
+
+def kl_terms(run: Recorder, normal: NormalPriors, flat: FlatNormal) -> tuple[list[Any], bool]:
+    """Return the KL's terms of all priors but constant Normal ones, and whether one of them is an estimate."""
+    priors = {name: {**_PLAIN, "fn": fn} for name, fn in normal.others.items()} | run.latents()
+    terms, is_estimate = [], False
+    for name, prior in priors.items():
+        site = {**_PLAIN, "value": run.values[name], "fn": flat.site(name)}
+        exact = closed_form(site, prior)
+        is_estimate = is_estimate or exact is None
+        terms.append(kl_of_site(site, {**prior, "value": site["value"]}) if exact is None else exact)
+    return terms, is_estimate
 
 
 _PLAIN: dict[str, Any] = {"args": (), "kwargs": {}, "scale": 1.0, "mask": None}

@@ -53,11 +53,14 @@ class NormalPriors:
         self._stretches: list[_Stretch] = []
 
     def kl(self, flat: FlatNormal) -> list[Tensor]:
-        """Return the terms of the KL that the sites with such priors have, at what the priors are now."""
+        """Return the terms of the KL that the sites with such priors have, at what the priors are now.
+
+        Of replicas each term has shape (R,).
+        """
         terms = []
         for start, stop, loc, scale, _ in self._now():
-            whole = stop - start == len(flat.loc)
-            q = [vector if whole else vector[start:stop] for vector in (flat.loc, flat.scale)]
+            whole = stop - start == flat.loc.shape[-1]
+            q = [vector if whole else vector[..., start:stop] for vector in (flat.loc, flat.scale)]
             terms.append(_NormalKL.apply(*q, loc, scale))
         return terms
 
@@ -106,7 +109,7 @@ def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:
 class _NormalKL(torch.autograd.Function):
     r""":math:`\sum_i \log(s_0 / s_i) + (s_i^2 + (m_i - m_0)^2) / (2 s_0^2) - 1/2`, and its gradient.
 
-    The prior's loc and scale are numbers, or tensors without dimensions.
+    The sum runs over the last dimension. The prior's loc and scale are numbers, or tensors without dimensions.
     """
 
     @staticmethod
@@ -117,12 +120,14 @@ class _NormalKL(torch.autograd.Function):
         ratio = scale if _is(prior_scale, 1) else scale / prior_scale
         # element by element, so that a posterior close to its prior loses no digits
         minus = ratio.log().addcmul_(ratio, ratio, value=-0.5).add_(0.5)
-        return torch.dot(away, away) * (0.5 / prior_scale**2) - minus.sum()
+        square = torch.dot(away, away) if away.dim() == 1 else torch.linalg.vecdot(away, away)
+        return square * (0.5 / prior_scale**2) - minus.sum(-1)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         loc, scale = ctx.saved_tensors
         prior_loc, prior_scale = ctx.prior
+        outer = outer.unsqueeze(-1) if outer.dim() else outer
         weight = outer if _is(prior_scale, 1) else outer / prior_scale**2
         return _less(loc, prior_loc) * weight, scale * weight - outer / scale, None, None
 

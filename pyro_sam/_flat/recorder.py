@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sam._base.buffers import Buffers
+from pyro_sam._base.random_state import RandomState
 from pyro_sam._step.handlers import Bookmarks, hold_subsample
 
 
@@ -36,6 +37,9 @@ class Recorder(Messenger):
         values: The values by site.
         nodes: The sites that sent a message, by name.
         batches: The priors that were served at one go.
+        streams: Where the random streams were at the start or after the last draw of indices, to find out of draws of
+            the model's own; None where nobody asks.
+        draws: Whether there was one, so far.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Recorder(Messenger):
         self.looked_at, self.buffers, self.lead = looked_at, buffers, lead
         self.nodes: dict[str, Any] = {}
         self.batches: list[Mapping[str, Any]] = []
+        self.streams: tuple[bytes, ...] | None = None
+        self.draws = False
 
     def take(self, priors: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the values of the sites with these priors, as if each had been sampled."""
@@ -77,7 +83,14 @@ class Recorder(Messenger):
         elif not site_is_subsample(msg):
             raise Surprise
         elif msg["value"] is None:
+            self.look_at_streams()
             hold_subsample(msg, self._held, self._bookmarks)
+            self.streams = self.streams and RandomState.capture().fingerprint()
+
+    def look_at_streams(self) -> None:
+        """Note whether the model has drawn something of its own since the last look."""
+        if self.streams is not None:
+            self.draws = self.draws or self.streams != RandomState.capture().fingerprint()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.nodes or any(msg["name"] in priors for priors in self.batches):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.distributions import transform_to
 
+from pyro_sam._base.replicas import mark
 from pyro_sam._flat.recorder import listeners
 from pyro_sam._step.memory import Layout
 
@@ -23,7 +24,7 @@ class FlatNormal:
 
     Args:
         layout: Where each site lies.
-        loc: Means, one vector, with the graph to the parameters.
+        loc: Means, one vector, with the graph to the parameters; of replicas a row each, shape (R, d).
         scale: Standard deviations, likewise.
         is_frozen: Whether a parameter requires no gradient.
         roots: The vectors at which the graph begins, of loc and of what scale is made of; none where it begins at the
@@ -52,10 +53,13 @@ class FlatParameters:
     Args:
         sites: For each site, the module that has its loc and the one that has its scale, and their attribute.
         learn_scale: Whether scale is a parameter of its module, else a buffer.
+        num_replicas: Number of replicas, the first dimension of every tensor; None for a single guide.
     """
 
-    def __init__(self, sites: Mapping[str, tuple[Any, Any, str]], *, learn_scale: bool) -> None:
-        self._sites = tuple(sites)
+    def __init__(
+        self, sites: Mapping[str, tuple[Any, Any, str]], *, learn_scale: bool, num_replicas: int | None = None
+    ) -> None:
+        self._sites, self._num_replicas = tuple(sites), num_replicas
         locs = [(module, leaf) for module, _, leaf in sites.values()]
         self._owners = [*locs, *((module, leaf) for _, module, leaf in sites.values())]
         self._learn_scale = learn_scale
@@ -86,7 +90,8 @@ class FlatParameters:
             rho.requires_grad_(torch.is_grad_enabled() and self._learn_scale)
         scale = transform_to(_constraint(self._owners[number]))(rho) if self._learn_scale else rho
         frozen = not all(tensor.requires_grad for tensor in self._tensors[: len(self._names)])
-        flat = FlatNormal(self._layout, loc, scale, frozen, roots)
+        by_replica = [self._by_replica(vector) for vector in (loc, scale)]
+        flat = FlatNormal(self._layout, by_replica[0], by_replica[1], frozen, roots)
         if handlers := listeners():
             scales = _unflatten_dense_tensors(scale.detach(), self._tensors[number:]) if self._learn_scale else ()
             self._state(handlers, [*self._tensors[:number], *scales])
@@ -102,6 +107,13 @@ class FlatParameters:
             for tensor, part in zip(tensors, _unflatten_dense_tensors(root.grad, tensors), strict=True):
                 if tensor.requires_grad:
                     tensor.grad = part if tensor.grad is None else tensor.grad.add_(part)
+
+    def _by_replica(self, vector: Tensor) -> Tensor:
+        """Return a vector, site after site, as one row per replica."""
+        if self._num_replicas is None:
+            return vector
+        sizes = [tensor.numel() for tensor in self._tensors[: len(self._sites)]]
+        return torch.cat([part.view(self._num_replicas, -1) for part in vector.split(sizes)], -1)
 
     def _present(self) -> list[Any]:
         """Return the tensors, None for one that somebody put something else in the place of."""
@@ -146,7 +158,11 @@ class FlatParameters:
         if not _are_alike(tensors):
             return False
         self._names, self._tensors = names, tensors
-        self._layout = Layout(self._sites, tuple(tensor.shape for tensor in tensors[: len(self._sites)]), 1)
+        if self._num_replicas is not None:
+            for tensor in tensors:
+                mark(tensor, self._num_replicas)
+        shapes = tuple(tensor.shape for tensor in tensors[: len(self._sites)])
+        self._layout = Layout(self._sites, shapes, self._num_replicas or 1)
         return True
 
     def _detached(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_sam._base.random_state import Streams
+from pyro_sam._base.replicas import PerReplica, of_replica
 from pyro_sam._base.surroundings import PLAIN
 
 
@@ -48,11 +49,15 @@ class Call:
         """Return the call with other functions, such as the same ones under a handler."""
         return replace(self, model=model, guide=guide)
 
+    def of_replica(self, r: int) -> "Call":
+        """Return the call with the arguments that a replica gets."""
+        return replace(self, args=of_replica(self.args, r), kwargs=of_replica(dict(self.kwargs), r))
+
     def objects(self) -> list[Any]:
         """Return the arguments that are neither tensors nor plain values: they may hold anything."""
         if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
             return []
-        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if not isinstance(leaf, (Tensor, *PLAIN))]
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if not isinstance(leaf, (Tensor, PerReplica, *PLAIN))]
 
 
 def _key(function: Any) -> Hashable:

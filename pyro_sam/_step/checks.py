@@ -5,13 +5,15 @@ each time. Here the same checks run, and what they find is kept on the device un
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+
+T = TypeVar("T")
 
 _here = threading.local()
 
@@ -63,6 +65,41 @@ def postponed() -> Iterator[Conditions]:
     finally:
         _here.conditions = outer
         _Torch.uninstall()
+
+
+@contextmanager
+def collected() -> Iterator[Conditions | None]:
+    """Collect apart what torch's checks find in the body, where they are postponed; else give None."""
+    outer = getattr(_here, "conditions", None)
+    if outer is None:
+        yield None
+        return
+    _here.conditions = Conditions()
+    try:
+        yield _here.conditions
+    finally:
+        _here.conditions = outer
+
+
+class ByRow:
+    """Calls functions, one for each row of something, and collects what torch's checks find in each."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor | None] = []
+
+    def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call a function for the next row."""
+        with collected() as conditions:
+            result = function(*args, **kwargs)
+        self._found.append(None if conditions is None else conditions.hold())
+        return result
+
+    def rows(self) -> Tensor | None:
+        """Return whether all holds, a row each; None if nothing was asked."""
+        asked = [each for each in self._found if each is not None]
+        if not asked:
+            return None
+        return torch.stack([torch.ones_like(asked[0]) if each is None else each for each in self._found])
 
 
 class _Torch:

@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sam._base.random_state import RandomState, Streams
+from pyro_sam._base.vectorised import unmapped
 from pyro_sam._step.enumeration import EnumerableSite, is_marked
 from pyro_sam._step.sites import (
     CoreNormal,
@@ -52,7 +53,8 @@ class NoiseMessenger(Messenger):
     Args:
         noise: Called with the site's name and its core Gaussian; returns the noise.
         hidden: Tells from its name whether a site is left at its own random sample.
-        held: Noise of hidden sites and indices of subsampling plates. Filled by the first run, used by later ones.
+        held: Indices of subsampling plates. Filled by the first run, used by later ones.
+        hidden_noise: Noise of hidden sites, likewise.
         bookmarks: Where the random streams are after each draw at a Gaussian site, so that all other draws (encoder
             dropout, other sites) repeat; None for a single run.
         detach_scale: Whether values have no gradient to the scale.
@@ -63,6 +65,7 @@ class NoiseMessenger(Messenger):
         noise: Callable[[str, CoreNormal], Tensor],
         hidden: Callable[[str], bool],
         held: dict[str, Tensor],
+        hidden_noise: dict[str, Tensor],
         bookmarks: Bookmarks | None,
         detach_scale: bool = False,
     ) -> None:
@@ -70,6 +73,7 @@ class NoiseMessenger(Messenger):
         self._noise = noise
         self._hidden = hidden
         self._held = held
+        self._noise_held = hidden_noise
         self._bookmarks = bookmarks
         self._detach_scale = detach_scale
         self.sites: dict[str, NoiseSite] = {}
@@ -99,9 +103,9 @@ class NoiseMessenger(Messenger):
             self._bookmarks.keep(name)
 
     def _hidden_noise(self, name: str, core: CoreNormal) -> Tensor:
-        if name not in self._held:
-            self._held[name] = standard_normal(core)
-        return self._held[name]
+        if name not in self._noise_held:
+            self._noise_held[name] = standard_normal(core)
+        return self._noise_held[name]
 
 
 class ReplayMessenger(Messenger):
@@ -152,7 +156,8 @@ def hold_subsample(msg: Any, held: dict[str, Tensor], bookmarks: Bookmarks | Non
     """Give a subsampling plate the indices that it drew the first time, and leave the random stream as it did then."""
     name = msg["name"]
     if name not in held:
-        held[name] = msg["fn"](*msg["args"], **msg["kwargs"])
+        with unmapped():
+            held[name] = msg["fn"](*msg["args"], **msg["kwargs"])
     if bookmarks is not None:
         bookmarks.keep(name)
     msg["value"], msg["done"] = held[name], True

@@ -41,6 +41,9 @@ class Pair:
         graphs: Captured steps.
         fast_steps: How many fast steps were taken.
         slow: Why only ordinary steps are taken, if so.
+        lost: Replicas that have been warned of.
+        unmappable: Why replicas run one after the other, if so.
+        draws: Whether the model draws random numbers besides its plates' indices; None if not known.
     """
 
     model: Any
@@ -57,6 +60,9 @@ class Pair:
     graphs: Recent[Hashable, Any] = field(default_factory=lambda: Recent(_LIMIT))
     fast_steps: int = 0
     slow: str = ""
+    lost: set[int] = field(default_factory=set)
+    unmappable: str = ""
+    draws: bool | None = None
     _nesting: int | None = None
     _surroundings: Surroundings | None = None
     _streams: Streams | None = None

@@ -23,6 +23,10 @@ class Layout:
         self.sizes = [shape.numel() // num_particles for shape in shapes]
         self.d = sum(self.sizes)
 
+    def of_one(self) -> "Layout":
+        """Return the layout of one replica of several."""
+        return Layout(self.names, tuple(shape[1:] for shape in self.shapes), 1)
+
     def is_like(self, other: "Layout | None") -> bool:
         """Return whether another layout is the same."""
         if self is other:

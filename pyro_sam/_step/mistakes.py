@@ -78,7 +78,7 @@ def _advise(pair: Any, run: Any, model: Trace, settings: Settings) -> None:
         _warn_of_no_data(model)
         _warn_of_repeated_data(model)
         _warn_of_far_noise(run.sites, settings.perturbation, settings.together)
-        if settings.kl_weight:
+        if settings.kl_weight and not isinstance(settings.kl_weight, tuple):  # replicas try several on purpose
             _warn_of_twofold_weight(model, settings.kl_weight)
     # without gradients it is an evaluation, maybe of other data
     if settings.kl_weight == 1 and torch.is_grad_enabled():

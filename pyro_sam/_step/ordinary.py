@@ -120,17 +120,25 @@ class OrdinaryPasses(Passes):
         settings: The estimator's settings.
         law: The law that will choose the noise.
         first_dim: Finds the first dimension left of all plates.
+        held: Indices of subsampling plates, which the first pass fills; replicas share them.
     """
 
     def __init__(
-        self, call: Call, pair: Pair, settings: Settings, law: Perturbation, first_dim: Callable[[], int]
+        self,
+        call: Call,
+        pair: Pair,
+        settings: Settings,
+        law: Perturbation,
+        first_dim: Callable[[], int],
+        held: dict[str, Tensor] | None = None,
     ) -> None:
         self._call, self._pair, self._settings, self._first_dim = call, pair, settings, first_dim
         self._is_new = not len(pair.valid)
         self._many_passes = not isinstance(law, Gaussian)
         self._remembers = law.uses_gradient and settings.ascent == "previous"
         self._ascends = law.uses_gradient and not self._remembers
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {} if held is None else held
+        self._hidden_noise: dict[str, Tensor] = {}
         self._bookmarks = Bookmarks(call.streams) if self._many_passes else None
         self._model_bookmarks = Bookmarks(call.streams) if self._many_passes else None
         self._guide_start: RandomState | None = None
@@ -285,7 +293,9 @@ class OrdinaryPasses(Passes):
         def leaf(name: str, core: CoreNormal) -> Tensor:
             return noise(name, core).detach().requires_grad_(tracked)
 
-        handler = NoiseMessenger(leaf, self._settings.is_hidden, self._held, self._bookmarks, detach_scale)
+        handler = NoiseMessenger(
+            leaf, self._settings.is_hidden, self._held, self._hidden_noise, self._bookmarks, detach_scale
+        )
         self._guide_start, stream = self._stream(self._guide_start)
         with stream, handler:
             trace = poutine.trace(self._call.guide).get_trace(*self._call.args, **self._call.kwargs)

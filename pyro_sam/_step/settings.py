@@ -1,14 +1,14 @@
 """The settings of the estimator as one value, checked as a whole."""
 
 import math
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from pyro_sam._base.arguments import finite, flag, non_negative, one_of, positive_int
-from pyro_sam.perturbation import Adversarial, Gaussian, Mixture, Perturbation
+from pyro_sam._base.arguments import PerReplica, finite, flag, non_negative, one_of, per_replica, positive_int
+from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, MixSAM, Mixture, Perturbation
 
 ScaleGradient = Literal["perturbed", "mean"]
 Ascent = Literal["fresh", "previous"]
@@ -25,7 +25,7 @@ class Settings:
     """
 
     perturbation: Perturbation = field(default_factory=Adversarial)
-    kl_weight: float = 1.0
+    kl_weight: PerReplica = 1.0
     scale_gradient: ScaleGradient = "perturbed"
     scope: Scope = "global"
     hide: Any = frozenset()
@@ -63,7 +63,8 @@ class Settings:
                 "max_plate_nesting must be a whole number of at least 0, or infinity, got "
                 f"max_plate_nesting={self.max_plate_nesting!r}."
             )
-        object.__setattr__(self, "kl_weight", non_negative("kl_weight", self.kl_weight))
+        weight = per_replica(non_negative, "kl_weight", self.kl_weight)
+        object.__setattr__(self, "kl_weight", weight if isinstance(weight, tuple) else float(weight))
         object.__setattr__(self, "hide", self.hide if callable(self.hide) else _names(self.hide))
         _check_ascent(self)
 
@@ -80,6 +81,21 @@ class Settings:
     def is_hidden(self, name: str) -> bool:
         """Return whether a guide site is left at its own random sample."""
         return bool(self.hide(name)) if callable(self.hide) else name in self.hide
+
+    def check_replicas(self, number: int | None) -> None:
+        """Check that numbers of which there is one for each replica are as many as a guide has replicas.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        for name, length in _lengths({"kl_weight": self.kl_weight, "perturbation": self.perturbation}):
+            if number is None:
+                raise ValueError(
+                    f"{name} has {length} numbers, one for each replica, and the guide has no replicas; give one "
+                    f"number, or MeanFieldNormal(model, num_replicas={length})."
+                )
+            if length != number:
+                raise ValueError(f"{name} must have a number for each of the guide's {number} replicas, got {length}.")
 
     def evaluation(self) -> "Settings":
         """Return the settings of the ordinary minus-ELBO."""
@@ -108,6 +124,21 @@ def _law_key(value: Any) -> Hashable:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         return Tensor, value.item()
     return _Unknown()
+
+
+def _lengths(named: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the names of numbers that each replica has one of, and how many there are."""
+    for name, value in named.items():
+        if isinstance(value, Perturbation):
+            inner = vars(value) if type(value) in _WITH_NUMBERS else {}
+            yield from _lengths({name: each for name, each in inner.items() if name in ("rho", "kappa", "alpha")})
+            if isinstance(value, Mixture):
+                yield from _lengths({f"perturbations[{k}]": law for k, law in enumerate(value.perturbations)})
+        elif isinstance(value, tuple):
+            yield name, len(value)
+
+
+_WITH_NUMBERS = (Adversarial, MixSAM, AscendedSample)
 
 
 class _Unknown:

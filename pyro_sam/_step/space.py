@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_sam._base.arguments import PerReplica
 from pyro_sam._base.ranks import mean_over_ranks
 from pyro_sam._step.memory import PreviousGradients, version
 from pyro_sam._step.passes import Loss, Passes, Ran
@@ -43,7 +44,7 @@ class Space(NoiseSpace):
         passes: Passes,
         law: Perturbation,
         settings: Settings,
-        kl_weight: float | Tensor,
+        kl_weight: PerReplica | Tensor,
         memory: PreviousGradients | None,
     ) -> None:
         super().__init__(passes.num_particles)
@@ -113,7 +114,7 @@ class Space(NoiseSpace):
         ran = self._passes.descend(e, detach_scale=self._at_mean, average=average)
         data = ran.data_loss
         if self._at_mean:
-            data = data + _scale_gradient(ran, self._mean_gradients)
+            data = data + _scale_gradient(ran, self._mean_gradients, by_row=isinstance(data, Tensor) and data.dim() > 0)
         weight = self._kl_weight
         if not isinstance(weight, Tensor) and weight == 0:
             return Terms(data, 0.0)
@@ -149,17 +150,20 @@ def _is_still(e: Tensor, given: tuple[Tensor, int] | None) -> bool:
     return given is not None and e is given[0] and version(e) == given[1]
 
 
-def _scale_gradient(ran: Ran, mean_gradients: Sequence[Tensor]) -> Loss:
-    """Return zero, with the gradient ``g(loc) * e`` to scale."""
+def _scale_gradient(ran: Ran, mean_gradients: Sequence[Tensor], *, by_row: bool) -> Loss:
+    """Return zero, with the gradient ``g(loc) * e`` to scale; for each replica where ``by_row``."""
     if not mean_gradients:
         return 0.0
-    terms = [(g * shift).sum() for g, shift in zip(mean_gradients, ran.displacements(), strict=True)]
+    terms = [g * shift for g, shift in zip(mean_gradients, ran.displacements(), strict=True)]
+    terms = [term.flatten(1).sum(-1) if by_row else term.sum() for term in terms]
     linear: Any = sum(terms)
     return linear - linear.detach()
 
 
-def _weighted(weight: float | Tensor, kl: Loss) -> Loss:
+def _weighted(weight: Any, kl: Loss) -> Loss:
     """Return ``weight * kl``, in the precision of ``kl``."""
+    if isinstance(weight, tuple):  # one for each replica
+        weight = torch.tensor(weight, dtype=torch.float64, device=kl.device if isinstance(kl, Tensor) else None)
     if isinstance(weight, Tensor):
         return weight.to(kl.dtype) * kl if isinstance(kl, Tensor) else weight * kl
     return kl if weight == 1 else weight * kl

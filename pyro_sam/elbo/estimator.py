@@ -5,7 +5,7 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.replicas import check_own
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
@@ -30,7 +31,7 @@ from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
 from pyro_sam._step.space import Terms
 from pyro_sam.elbo import sentinel
-from pyro_sam.elbo.particle import Evaluated, Particle
+from pyro_sam.elbo.particle import Evaluated, Particle, num_replicas
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.perturbation import Adversarial, Perturbation
 
@@ -168,19 +169,19 @@ class SAM_ELBO(ELBO):
 
         It is the number to compare methods by.
         """
-        settings = self._settings.evaluation()
+        settings = self._settings_for(guide).evaluation()
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
         total: Loss = 0.0
         for particle in self._particles(call, pair, settings):
             total = total + particle.loss(graph=False).value / settings.num_particles
-        return _number(total)
+        return _number(_sum_of_good(total))
 
     @explained
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the perturbed loss as a scalar tensor, with its graph to the parameters of model and guide."""
-        settings = self._settings
+        settings = self._settings_for(guide)
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
 
         def take(settings: Settings) -> Any:
@@ -190,7 +191,7 @@ class SAM_ELBO(ELBO):
             total: Any = 0.0
             for particle in self._particles(call, pair, settings):
                 total = total + particle.loss().loss / settings.num_particles
-            return total
+            return _sum(total)
 
         if self._is_watched(pair, settings):
             return sentinel.watched_loss(
@@ -201,7 +202,7 @@ class SAM_ELBO(ELBO):
     @explained
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
-        settings = self._settings
+        settings = self._settings_for(guide)
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
         if self._is_watched(pair, settings):
             return sentinel.watched(
@@ -226,9 +227,23 @@ class SAM_ELBO(ELBO):
             total = total + found.value / number
             terms.append(found.terms)
         self._last_terms = Terms(*(_mean(each) for each in zip(*terms, strict=True)))
-        return _number(total)
+        return _number(_sum_of_good(total))
+
+    @property
+    def replica_losses(self) -> Tensor | None:
+        """The losses of the last step by replica, shape ``(R,)``; None before a step, or for a single guide."""
+        terms: Any = self._last_terms
+        if terms is None or not (isinstance(terms.data, Tensor) and terms.data.dim()):
+            return None
+        losses: Tensor = terms.data + terms.kl
+        return losses
 
     # From a call to its particles
+
+    def _settings_for(self, guide: Any) -> Settings:
+        """Return the settings; of replicas, which run as one, particles are taken one by one."""
+        single = num_replicas(guide) is None or not self._settings.vectorize_particles
+        return self._settings if single else replace(self._settings, vectorize_particles=False)
 
     def _meet(self, call: Call, settings: Settings) -> tuple[Call, Pair]:
         """Return a call with all that its passes share, and what is known of its model and guide."""
@@ -239,8 +254,13 @@ class SAM_ELBO(ELBO):
                 "noise; use a guide that is called on its own, such as MeanFieldNormal."
             )
         if isinstance(call.guide, MeanFieldNormal):
+            settings.check_replicas(call.guide.num_replicas)
+            check_own((call.args, dict(call.kwargs)), call.guide.num_replicas)
             call.guide.initialize(*call.args, **call.kwargs)
+        number = num_replicas(call.guide)
         pair = self._knowledge.of(call)
+        if number is not None:
+            _check_statistics(pair.surroundings(call).modules)
         call = pair.complete(call, fast=_may_be_flat(call, pair, settings))
         if settings.together > 1:  # where a trial run is needed, it comes first, as in Pyro's estimators
             pair.nesting(settings, call.with_functions(call.model, follow_minibatch(call)))
@@ -259,6 +279,8 @@ class SAM_ELBO(ELBO):
 
     def _is_watched(self, pair: Pair, settings: Settings) -> bool:
         """Return whether this step, if it is a fast one, is one that the sentinel looks at."""
+        if num_replicas(pair.guide) is not None and pair.draws is not False:
+            return False  # mapped over replicas, a model draws in another order
         if pair.slow or not settings.fast or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             return False
         if not only_parameters_are_traced() or not (settings.compile or len(pair.known)):
@@ -268,6 +290,8 @@ class SAM_ELBO(ELBO):
 
     def _replay(self, call: Call, pair: Pair, settings: Settings) -> Replayed | None:
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
+        if num_replicas(call.guide) is not None:
+            return None
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
         start = RandomState.capture()
@@ -308,8 +332,30 @@ def _may_be_flat(call: Call, pair: Pair, settings: Settings) -> bool:
     return isinstance(call.guide, MeanFieldNormal) and call.guide.can_be_flat()
 
 
+def _check_statistics(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if module.training and getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, build "
+                "it with track_running_stats=False, use GroupNorm, or train without num_replicas."
+            )
+
+
+def _sum(loss: Any) -> Any:
+    """Return the sum over replicas."""
+    return loss.sum() if isinstance(loss, Tensor) and loss.dim() else loss
+
+
+def _sum_of_good(loss: Any) -> Any:
+    """Return the sum over the replicas whose loss is finite, if there is one."""
+    if not (isinstance(loss, Tensor) and loss.dim()):
+        return loss
+    good = loss.isfinite()
+    return loss.where(good, 0).sum() if bool(good.any()) else loss.sum()
+
+
 def _backward(found: Evaluated, number: int, retain_graph: bool | None) -> None:
-    loss = found.loss
+    loss = _sum(found.loss)
     if isinstance(loss, Tensor) and loss.requires_grad:
         (loss / number if number > 1 else loss).backward(retain_graph=retain_graph)
         found.finish()

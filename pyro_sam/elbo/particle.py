@@ -1,20 +1,23 @@
 """The loss of one particle, or of all particles that are vectorised together: its back end and its checks."""
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_sam._base.arguments import PerReplica
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._flat.passes import FlatPasses, KnownModel
 from pyro_sam._flat.recorder import Surprise
+from pyro_sam._flat.replicas import ReplicaPasses
 from pyro_sam._step import checks
 from pyro_sam._step.call import Call
 from pyro_sam._step.enumeration import enumerated_dims
@@ -25,6 +28,7 @@ from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.ordinary import OrdinaryPasses
 from pyro_sam._step.passes import Loss, Passes
 from pyro_sam._step.settings import Settings
+from pyro_sam._step.side_by_side import SideBySide
 from pyro_sam._step.signatures import kind_of_sites
 from pyro_sam._step.space import Space, Terms
 from pyro_sam.guide import MeanFieldNormal
@@ -35,7 +39,10 @@ PATIENCE = 3  # steps in a row that may fail to be flat before no more are tried
 
 
 class Evaluated(NamedTuple):
-    """A loss with its graph, its bare value, its terms, and what to call after its backward pass."""
+    """A loss with its graph, its bare value, its terms, and what to call after its backward pass.
+
+    Of replicas, loss, value and terms have shape ``(R,)``.
+    """
 
     loss: Loss
     value: Loss
@@ -61,7 +68,7 @@ class Particle:
     pair: Pair
     settings: Settings
     law: Perturbation
-    kl_weight: float | Tensor
+    kl_weight: PerReplica | Tensor
     memory: PreviousGradients | None
     fast: bool
 
@@ -76,7 +83,8 @@ class Particle:
             ValueError: If a value is one that torch's checks refuse; buffers are then as they were.
         """
         # a new pair of model and guide is met under torch's own checks, which point at the user's own line
-        checked = len(self.pair.valid) and checks.enabled()
+        # replicas run as one, under checks that are read afterwards
+        checked = (len(self.pair.valid) or self._num_replicas) and checks.enabled()
         return self._shortest(self._checked_afterwards if checked else self._evaluate, graph=graph)
 
     def unchecked(self) -> tuple[Loss, Tensor | None]:
@@ -88,20 +96,31 @@ class Particle:
 
         return self._shortest(take, graph=True)
 
-    def ordinary(self) -> OrdinaryPasses:
+    @property
+    def _num_replicas(self) -> int | None:
+        return num_replicas(self.call.guide)
+
+    def ordinary(self) -> OrdinaryPasses | SideBySide:
         """Return new ordinary passes."""
-        call = self.call
+        if self._num_replicas is None:
+            return self._single()
+        held: dict[str, Tensor] = {}
+        return SideBySide([self._single(r, held) for r in range(self._num_replicas)])
+
+    def _single(self, replica: int | None = None, held: dict[str, Tensor] | None = None) -> OrdinaryPasses:
+        """Return ordinary passes of the guide, or of one of its replicas."""
+        call = self.call if replica is None else self.call.of_replica(replica)
         model, guide = call.model, follow_minibatch(call)
-        here = call.with_functions(model, guide)
+        here = call.with_functions(model, guide if replica is None else OneReplica(call.guide, guide, replica))
         if self.settings.together > 1:
             here = call.with_functions(self._vectorised(model, here), self._vectorised(guide, here))
         return OrdinaryPasses(
-            here, self.pair, self.settings, self.law, lambda: -1 - self.pair.nesting(self.settings, here)
+            here, self.pair, self.settings, self.law, lambda: -1 - self.pair.nesting(self.settings, here), held
         )
 
     def traces(self) -> tuple[Trace, Trace]:
         """Return the traces of model and guide at the law's noise."""
-        passes = self.ordinary()
+        passes = self._single()
         ran = passes.descend(self._space(passes).noise())
         return ran.model, ran.guide.trace
 
@@ -165,12 +184,13 @@ class Particle:
         if self.settings.together > 1:
             call = call.with_functions(self._vectorised(call.model, call), guide)
             lead = self.settings.together, *[1] * (self.pair.nesting(self.settings, self.call) - 1)  # type: ignore[assignment]
-        hand_out = guide.hand_out
-        return FlatPasses(call, flat, self.pair, self.settings, self.law, lead, lambda: hand_out(flat))
+        hand_out, kind = guide.hand_out, FlatPasses if self._num_replicas is None else ReplicaPasses
+        return kind(call, flat, self.pair, self.settings, self.law, lead, lambda: hand_out(flat))
 
     def _rehearse(self) -> None:
         """Meet the model in an ordinary run at the mean, without a trace."""
-        passes, before = self.ordinary(), RandomState.capture(self.call.streams)
+        passes = self._single() if self._num_replicas is None else self._single(0)
+        before = RandomState.capture(self.call.streams)
         with kept_buffers(self.call.modules):
             ran = passes.descend(passes.zeros())
             with torch.enable_grad():
@@ -208,6 +228,8 @@ class Particle:
             self.ordinary().check(noise[0] if noise else None)  # says it better, where a bad value is the cause
             raise
         found = _evaluated(terms, passes)
+        if self._num_replicas is not None:
+            return self._checked_by_row(found, holds, noise[0])
         if holds is None or not isinstance(found.loss, Tensor):
             return found
         # the step's one wait for the device
@@ -215,6 +237,23 @@ class Particle:
         if not (all_hold and math.isfinite(value)):
             self.ordinary().check(noise[0])
         return found._replace(value=value)
+
+    def _checked_by_row(self, found: Evaluated, holds: Tensor | None, noise: Tensor) -> Evaluated:
+        """Complain where no replica has values that pass the checks; warn of a single one, once."""
+        loss: Any = found.loss
+        good = loss.detach().isfinite() if holds is None else holds & loss.detach().isfinite()
+        bad = {r for r, is_good in enumerate(good.tolist()) if not is_good}
+        if len(bad) == len(good):
+            self.ordinary().check(noise)
+        if new := bad - self.pair.lost:
+            self.pair.lost |= new
+            warnings.warn(
+                f"replica {', '.join(map(str, sorted(new)))} has values that torch's checks refuse, or a loss that is "
+                "not finite; the others go on.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return found
 
     def _take(self, passes: Passes, noise: list[Tensor]) -> tuple[Terms, Tensor | None]:
         """Return the loss's terms and whether its values hold; the noise is put into ``noise`` early."""
@@ -224,7 +263,35 @@ class Particle:
             with checks.silenced() if asked and not passes.runs_guide else nullcontext():
                 noise.append(e := space.noise())
             terms = space.loss(e)
-        return terms, None if conditions is None else conditions.hold()
+        holds = None if conditions is None else conditions.hold()
+        if rows := getattr(passes, "rows", None):  # of replicas
+            holds = torch.stack(rows).all(0) if holds is None else torch.stack(rows).all(0) & holds
+        return terms, holds
+
+
+@dataclass(frozen=True)
+class OneReplica:
+    """A guide that speaks as one of its replicas.
+
+    Args:
+        guide: The guide.
+        run: What runs it.
+        r: Number of the replica.
+    """
+
+    guide: Any
+    run: Callable[..., Any]
+    r: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        with self.guide.as_replica(self.r):
+            return self.run(*args, **kwargs)
+
+
+def num_replicas(guide: Any) -> int | None:
+    """Return how many replicas a guide has; None for a single guide."""
+    return guide.num_replicas if isinstance(guide, MeanFieldNormal) else None
 
 
 def _evaluated(terms: Terms, passes: Passes) -> Evaluated:
