@@ -3,6 +3,7 @@
 import sys as _sys
 
 from pyro_sam import arviz, flatness, metrics, nn, optim, plots
+from pyro_sam._base.replicas import per_replica
 from pyro_sam._flat import vectors as _vectors
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.guide import MeanFieldNormal
@@ -18,13 +19,14 @@ from pyro_sam.perturbation import (
     Perturbation,
 )
 from pyro_sam.predictive import Prediction, predict
-from pyro_sam.training import Checkpoint, EarlyStopping, checkpoint, fit
+from pyro_sam.training import Anneal, Checkpoint, EarlyStopping, Validation, checkpoint, fit
 
 _sys.modules["pyro_sam.flat"] = _vectors  # guides that were pickled before it moved name it so
 
 __all__ = [
     "SAM_ELBO",
     "Adversarial",
+    "Anneal",
     "AscendedSample",
     "BayesianModule",
     "Checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
     "NoiseSpace",
     "Perturbation",
     "Prediction",
+    "Validation",
     "arviz",
     "checkpoint",
     "fit",
@@ -44,6 +47,7 @@ __all__ = [
     "metrics",
     "nn",
     "optim",
+    "per_replica",
     "plots",
     "predict",
 ]

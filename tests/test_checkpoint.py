@@ -147,6 +147,58 @@ def test_a_checkpoint_without_sums_of_the_terms_goes_on_with_those_of_the_last_b
     assert_equal(resumed, straight)
 
 
+def noted(weights: dict[int, dict[str, Tensor]]) -> Any:
+    def note(training: Any) -> None:
+        weights[training.epoch] = {name: value.clone() for name, value in training._trained.state()["params"].items()}
+
+    return note
+
+
+def test_the_best_weights_are_kept_through_a_kill_at_any_step(tmp_path: Path) -> None:
+    weights: dict[int, dict[str, Tensor]] = {}
+    straight = train(None, 8, validate=True, after_epoch=noted(weights))
+    best = int(straight["validation"].argmin()) + 1
+    assert 1 < best < 8  # neither the first nor the last
+    for name, value in weights[best].items():
+        assert torch.equal(straight[name], value), name
+    for step in (3, 5 * best, 5 * best + 2, 39):  # 5 steps an epoch
+        file = tmp_path / f"{step}.ckpt"
+        with pytest.raises(Killed):
+            train(file, 8, validate=True, every=2, after_step=kill_at(step))
+        assert_equal(train(file, 8, validate=True, every=2), straight)
+    finished = train(file, 8, validate=True, after_step=kill_at(1))
+    assert_equal(finished, straight)
+
+
+def test_a_longer_run_goes_on_from_the_last_weights_and_not_from_the_best(tmp_path: Path) -> None:
+    train(tmp_path / "c", 8, validate=True)
+    assert_equal(train(tmp_path / "c", 10, validate=True), train(None, 10, validate=True))
+
+
+def test_validation_that_a_checkpoint_does_not_know_begins_late(tmp_path: Path) -> None:
+    train(tmp_path / "c", 2)
+    later = train(tmp_path / "c", 4, validate=True)["validation"]
+    assert later.isfinite().tolist() == [False, False, True, True]
+    train(tmp_path / "c", 5)
+    last = train(tmp_path / "c", 6, validate=True)["validation"]
+    assert last.isfinite().tolist() == [False, False, True, True, False, True]
+
+
+def test_annealing_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
+    def anneal() -> Any:
+        return ps.Anneal(kl_weight=(0.0, 1.0, 3), rho=lambda epoch: 0.1 * (epoch + 1))
+
+    straight = train(None, 4, anneal=anneal())
+    assert not torch.equal(straight["history"], train(None, 4)["history"])
+    for step in (5, 6, 12, 15):
+        file = tmp_path / f"{step}.ckpt"
+        with pytest.raises(Killed):
+            train(file, 4, anneal=anneal(), every=2, after_step=kill_at(step))
+        assert_equal(train(file, 4, anneal=anneal(), every=2), straight)  # a warning would be an error
+    train(tmp_path / "c", 2, anneal=anneal())
+    assert_equal(train(tmp_path / "c", 4, anneal=anneal()), straight)
+
+
 def svi(**settings: Any) -> SVI:
     def model(x: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(0.0, 1.0))

@@ -89,6 +89,13 @@ def test_the_terms_in_the_history_are_means_over_ranks(telling: bool, tmp_path: 
         assert a["kl"].tolist() == pytest.approx([0.125 * float(sum(own))] * 2, rel=1e-12)
 
 
+def test_validation_on_shares_is_that_on_the_whole_and_all_ranks_keep_the_same_weights(tmp_path: Path) -> None:
+    whole = launch(1, tmp_path, "validated")[0]
+    a, b = launch(2, tmp_path, "validated")
+    assert_close(a, b)
+    assert_close(a, whole, 1e-10)
+
+
 def test_a_callback_that_ends_training_on_one_rank_ends_it_on_all(tmp_path: Path) -> None:
     assert [int(found["epochs"]) for found in launch(2, tmp_path, "one_stops")] == [2, 2]
 

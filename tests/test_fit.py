@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_sam as ps
 from pyro_sam.optim import JointOptim
 from pyro_sam.training.checkpoint import Checkpoint, read
-from pyro_sam.training.fitting import EarlyStopping
 from pyro_sam.training.loop import Training
+from pyro_sam.training.stopping import EarlyStopping
 from pyro_sam.training.terms import TermSums
 
 N = 12

@@ -68,6 +68,8 @@ def train(
     optim: str = "step",
     ascent: Any = "fresh",
     split: Any = None,
+    validate: bool = False,
+    anneal: Any = None,
     after_step: Any = None,
     after_epoch: Any = None,
 ) -> dict[str, Tensor]:
@@ -88,8 +90,10 @@ def train(
     svi = SVI(model, guide, OPTIMISERS[optim](), loss=Loss(after_step, ascent, split))
     keep = checkpoint and Checkpoint(checkpoint, every=every)
     loader = DataLoader(Jittered(), batch_size=5, shuffle=True)
-    callbacks = [after_epoch] if after_epoch else []
-    history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep, callbacks=callbacks)
+    callbacks = [each for each in (anneal, after_epoch) if each]
+    unseen = torch.linspace(-1, 2, 7)[:, None]
+    batch = (unseen, unseen[:, 0].sin() / 3) if validate else None
+    history = ps.fit(svi, loader, epochs, progress=False, checkpoint=keep, callbacks=callbacks, validation=batch)
     found = guide.named_parameters() if local else pyro.get_param_store().named_parameters()
     named = {name: param.detach() for name, param in found}
     named.update({name: buffer.detach() for name, buffer in net.named_buffers()})
@@ -100,6 +104,7 @@ def train(
         "kl": torch.tensor(history["kl"]),
         "grad_norm": torch.tensor(history["grad_norm"]),
         "lr": torch.tensor(history["lr"]),
+        **({"validation": torch.tensor(history["validation"])} if validate else {}),
     }
 
 

@@ -1,7 +1,10 @@
-"""The training loop around Pyro's SVI: epochs, history, checkpoints, early stopping."""
+"""The training loop around Pyro's SVI: epochs, history, validation, checkpoints, callbacks."""
 
+from pyro_sam.training.annealing import Anneal
 from pyro_sam.training.checkpoint import Checkpoint, CheckpointError
-from pyro_sam.training.fitting import EarlyStopping, fit
+from pyro_sam.training.fitting import fit
 from pyro_sam.training.loop import Training
+from pyro_sam.training.stopping import EarlyStopping
+from pyro_sam.training.validation import Validation
 
-__all__ = ["Checkpoint", "CheckpointError", "EarlyStopping", "Training", "fit"]
+__all__ = ["Anneal", "Checkpoint", "CheckpointError", "EarlyStopping", "Training", "Validation", "fit"]

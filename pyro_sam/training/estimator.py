@@ -3,7 +3,7 @@
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro.infer import SVI
@@ -32,10 +32,12 @@ def elbo_state(svi: SVI) -> dict[str, Any]:
     return dict(elbo.state_dict()) if isinstance(elbo, SAM_ELBO) else {}
 
 
-def restore_elbo(svi: SVI, settings: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Put the loss into a saved state, and warn of settings that were others."""
+def restore_elbo(
+    svi: SVI, settings: Mapping[str, str], state: Mapping[str, Any], changing: Collection[str] = ()
+) -> None:
+    """Put the loss into a saved state, and warn of settings that were others; not of those that are to change."""
     here = elbo_settings(svi)
-    known = here.keys() & settings.keys()  # an older version had fewer
+    known = (here.keys() & settings.keys()) - set(changing)  # an older version had fewer
     changed = [
         f"{name}: {settings[name]} then, {here[name]} now" for name in sorted(known) if here[name] != settings[name]
     ]

@@ -1,16 +1,15 @@
 r"""The training loop around :class:`pyro.infer.SVI`: progress, history, checkpoints, and errors that say what to do."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from pyro.infer import SVI
 
-from pyro_sam._base.arguments import flag, non_negative
+from pyro_sam._base.arguments import flag
 from pyro_sam.training.checkpoint import Checkpoint
 from pyro_sam.training.loop import History, Training
+from pyro_sam.training.validation import Validation
 
 
 def fit(
@@ -21,7 +20,9 @@ def fit(
     progress: bool = True,
     checkpoint: str | PathLike[str] | Checkpoint | None = None,
     resume: bool = True,
-    callbacks: Sequence[Callable[["Training"], Any]] = (),
+    callbacks: Sequence[Callable[[Training], Any]] = (),
+    validation: Any = None,
+    restore_best_weights: bool = True,
 ) -> History:
     r"""Train for a number of epochs.
 
@@ -45,16 +46,25 @@ def fit(
         checkpoint: File to keep the state in after every epoch; a :class:`~pyro_sam.Checkpoint` to write
             more often.
         resume: Whether to go on from the checkpoint, if there is one; otherwise it is overwritten.
-        callbacks: Called after every epoch with the :class:`Training`; one that returns True ends it.
+        callbacks: Called after every epoch with the :class:`Training`; one that returns True ends it. What has a method
+            ``before_epoch`` too, as :class:`~pyro_sam.Anneal`, has it called before every epoch.
+        validation: Batches with their observations, as ``loader`` but not used up; or a single batch as ``(x, y)``; or
+            a :class:`~pyro_sam.Validation` to say more. After every epoch the posterior predictive's NLL per
+            observation is taken at the same noise, with modules in evaluation mode; training is not touched by it.
+        restore_best_weights: With ``validation``, whether training ends at the parameters and buffers of the epoch
+            with the smallest NLL, so that the guide is the one that the best number belongs to; False for the last
+            epoch's. A checkpoint holds both, and a longer run goes on from the last.
 
     Returns:
         Lists with a number for each epoch: ``loss`` and ``grad_norm``, means over the epoch's steps (the norm before
         clipping); ``data`` and ``kl``, the data term at the perturbed point and ``kl_weight`` times the KL, means over
-        the epoch's steps that add up to ``loss``; ``lr``; ``seconds``. Where a step does not tell its two terms, as a
-        compiled one or another ELBO, ``data`` and ``kl`` are those of minus the ELBO at a Gaussian sample of the guide
-        for the epoch's last batch; where they cannot be had in every epoch, they are left out.
+        the epoch's steps that add up to ``loss``; ``validation``, the NLL, if asked for; ``lr``; ``seconds``, of
+        training. Where a step does not tell its two terms, as a compiled one or another ELBO, ``data`` and ``kl`` are
+        those of minus the ELBO at a Gaussian sample of the guide for the epoch's last batch; where they cannot be had
+        in every epoch, they are left out.
     Raises:
-        ValueError: If an argument is out of its range, the loader is empty or its batches do not fit the model.
+        ValueError: If an argument is out of its range, the loader is empty or its batches do not fit the model, or
+            ``validation`` has no observations.
         CheckpointError: If there is a checkpoint, and neither it nor the one before can be used, or processes find
             different ones.
         FloatingPointError: If loss or gradient is not finite; parameters are as they were before that step.
@@ -63,38 +73,16 @@ def fit(
     """
     flag("progress", progress)
     flag("resume", resume)
-    training = Training(svi, loader, num_epochs, checkpoint=checkpoint, resume=resume, callbacks=callbacks)
+    flag("restore_best_weights", restore_best_weights)
+    training = Training(
+        svi,
+        loader,
+        num_epochs,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+        validation=validation if validation is None or isinstance(validation, Validation) else Validation(validation),
+        restore_best_weights=restore_best_weights,
+    )
     training.run(progress=progress)
     return training.history
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """Callback that ends training when a value has not become smaller for a while.
-
-    Args:
-        monitor: Name in the history.
-        patience: Number of epochs without a new smallest value, at least 1.
-        min_delta: What counts as smaller, non-negative.
-    Raises:
-        ValueError: If an argument is out of its range. At a call: if the history has no such name.
-    """
-
-    monitor: str = "loss"
-    patience: int = 10
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        if type(self.patience) is not int or self.patience < 1:
-            raise ValueError(f"patience must be a positive whole number of epochs, got patience={self.patience!r}.")
-        non_negative("min_delta", self.min_delta)
-
-    def __call__(self, training: Training) -> bool:
-        """Return whether it is time to stop; from the history alone, so that it survives a resumption."""
-        if self.monitor not in training.history:
-            raise ValueError(f"monitor must be one of {', '.join(training.history)}, got monitor={self.monitor!r}.")
-        best, since = math.inf, 0
-        for value in training.history[self.monitor]:
-            best, since = (value, 0) if value < best - self.min_delta else (best, since + 1)
-        return since >= self.patience

@@ -24,6 +24,8 @@ from pyro_sam.training.advice import (
     warn_of_takeover,
     warn_of_unscaled_batches,
 )
+from pyro_sam.training.annealing import Anneal
+from pyro_sam.training.best import Best
 from pyro_sam.training.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
 from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, restore_elbo
 from pyro_sam.training.interrupt import deferred_interrupt
@@ -32,6 +34,7 @@ from pyro_sam.training.position import Position, arguments, check_arguments
 from pyro_sam.training.progress import progress as display
 from pyro_sam.training.terms import TermSums, mean_pair, terms
 from pyro_sam.training.trained import Trained
+from pyro_sam.training.validation import Validation
 
 History = dict[str, list[float]]
 
@@ -47,6 +50,7 @@ class Training:
         epoch: Number of finished epochs.
         batch: Number of batches behind in the present one.
         step: Number of steps behind in all.
+        best: The smallest validation NLL so far, with its epoch and weights.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Training:
         checkpoint: str | PathLike[str] | Checkpoint | None,
         resume: bool,
         callbacks: Sequence[Callable[["Training"], Any]],
+        validation: Validation | None = None,
+        restore_best_weights: bool = True,
     ) -> None:
         check_run(svi, loader, num_epochs, callbacks)
         self.svi, self.loader, self.num_epochs = svi, loader, num_epochs
@@ -71,6 +77,10 @@ class Training:
                 "a checkpoint under module_local_params needs names that Pyro's optimisers lose; use "
                 "pyro_sam.optim.JointOptim."
             )
+        if validation is not None:
+            validation.check(svi.model)
+        self.best = Best()
+        self._validation, self._restore_best = validation, restore_best_weights
         self._callbacks = tuple(callbacks)
         self._trained, self._position = Trained(), Position(loader)
         self._sums, self._terms = {"loss": 0.0, "grad_norm": 0.0}, TermSums()
@@ -100,6 +110,8 @@ class Training:
                     now = None
                 if interrupted():  # since the last step
                     raise KeyboardInterrupt
+            if self._validation and self._restore_best:
+                self.best.restore(self._trained)
         except BaseException as error:
             for param in self._trained.params.values():
                 param.grad = None
@@ -112,6 +124,8 @@ class Training:
     # One epoch, one step
 
     def _epoch(self, now: dict[str, Any] | None, interrupted: Callable[[], bool]) -> None:
+        for callback in self._callbacks:
+            getattr(callback, "before_epoch", _nothing)(self)
         began = time.perf_counter() - self._seconds
         for batch in self._position.batches(self.epoch, self.batch, now):
             self._whole = False
@@ -149,7 +163,7 @@ class Training:
         if first:
             warn_of_takeover(before, self._trained.params)
             warn_of_unscaled_batches(svi, self.loader, args, kwargs)
-        known = [name for name in ("data", "kl") if name in self.history]
+        known = [name for name in ("data", "kl", "validation") if name in self.history]
         self._display.update({**self._means(), **{name: self.history[name][-1] for name in known}})
 
     def _move(self, args: Any, kwargs: Any) -> tuple[float, float, Any]:
@@ -205,7 +219,7 @@ class Training:
 
     def _close_epoch(self) -> None:
         optim = self.svi.optim
-        values = {**self._means(), **self._mean_terms()}
+        values = {**self._means(), **self._mean_terms(), **self._validate()}
         for name, value in {**values, "lr": learning_rate(optim), "seconds": self._seconds}.items():
             self.history.setdefault(name, []).append(value)
         self._sums, self._terms = dict.fromkeys(self._sums, 0.0), TermSums()
@@ -226,6 +240,16 @@ class Training:
         if pair is None or (self.history and not self.history.keys() >= set(names)):
             return {}
         return dict(zip(names, pair, strict=True))
+
+    def _validate(self) -> dict[str, float]:
+        """Return the validation NLL, and keep the best weights; NaN stands for an epoch without one."""
+        if self._validation is None:
+            return {"validation": math.nan} if "validation" in self.history else {}
+        if self.epoch:  # a checkpoint without validation is gone on from
+            self.history.setdefault("validation", [math.nan] * self.epoch)
+        nll = self._validation.nll(self.svi, self._trained.modules)
+        self.best.offer(nll, self.epoch + 1, self._trained)
+        return {"validation": nll}
 
     def _not_finite(self, what: str) -> str:
         last = "no checkpoint was kept"
@@ -251,6 +275,7 @@ class Training:
             "optim": self.svi.optim.get_state(),
             "elbo": elbo_settings(self.svi),
             "ascent": distributed.gathered(elbo_state(self.svi)),
+            "best": self.best.state(),
             "versions": files.versions(),
         }
         if distributed.rank() > 0:
@@ -281,10 +306,17 @@ class Training:
             setattr(self, name, saved[name])
         if self.batch:  # checkpoints of an older version have no sums
             self._terms.load(saved["terms"][distributed.rank()] if "terms" in saved else None)
-        restore_elbo(self.svi, saved["elbo"], saved["ascent"][distributed.rank()])
+        changing = {name for each in self._callbacks if isinstance(each, Anneal) for name in each.changes()}
+        restore_elbo(self.svi, saved["elbo"], saved["ascent"][distributed.rank()], changing)
+        if "best" in saved:
+            self.best.load(saved["best"])
         self._written, self._position.last = self.step, batch
         self._position.start = saved["start"][distributed.rank()]
         return saved["random"][distributed.rank()]
+
+
+def _nothing(training: Training) -> None:
+    """Stand in for a method that a callback does not have."""
 
 
 _KEPT = ("history", "epoch", "batch", "step", "_sums", "_seconds", "_stopped")

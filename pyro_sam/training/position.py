@@ -18,7 +18,7 @@ def arguments(batch: Any) -> Call:
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
-def check_arguments(model: Callable[..., Any], batch: Any) -> None:
+def check_arguments(model: Callable[..., Any], batch: Any, whose: str = "the loader") -> None:
     """Raise ValueError unless the model can be called with a batch."""
     args, kwargs = arguments(batch)
     try:
@@ -30,7 +30,7 @@ def check_arguments(model: Callable[..., Any], batch: Any) -> None:
     except TypeError as error:
         names = ", ".join([type(arg).__name__ for arg in args] + [f"{name}=..." for name in kwargs])
         raise ValueError(
-            f"the loader's batches do not fit the model: model({names}) fails with '{error}', and the model is "
+            f"{whose}'s batches do not fit the model: model({names}) fails with '{error}', and the model is "
             f"model{signature}. A batch that is a tuple or list is unpacked, a dict is passed by name, anything else "
             "is the first argument."
         ) from error
@@ -73,14 +73,15 @@ class Position:
 
     def states(self) -> dict[str, Any]:
         """Return all random states, those of the loader's own generators among them."""
-        return {**random_states(), "generators": [generator.get_state() for generator in self._generators()]}
+        return {**random_states(), "generators": [generator.get_state() for generator in self.generators()]}
 
-    def _restore(self, states: dict[str, Any]) -> None:
-        restore_random_states(states)
-        for generator, state in zip(self._generators(), states["generators"], strict=True):
-            generator.set_state(state)
-
-    def _generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[torch.Generator]:
+        """Return the loader's own random streams."""
         owners = [self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)]
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        restore_random_states(states)
+        for generator, state in zip(self.generators(), states["generators"], strict=True):
+            generator.set_state(state)
