@@ -99,6 +99,7 @@ class MeanFieldNormal(AutoNormal):
         self.learn_scale = learn_scale
         self.num_replicas = num_replicas
         self._replica: int | None = None  # the one that is spoken of
+        self._all: tuple[int, int] | None = None  # where all are spoken of: the plate's dimension, and copies of each
 
     @explained
     def initialize(self, *args: Any, **kwargs: Any) -> "MeanFieldNormal":
@@ -188,6 +189,20 @@ class MeanFieldNormal(AutoNormal):
             yield
         finally:
             self._replica = before
+
+    @contextmanager
+    def as_all_replicas(self, dim: int, copies: int) -> Iterator[None]:
+        """Be all replicas in the body: calls, in a plate of size ``R * copies``, sample them side by side.
+
+        Args:
+            dim: Dimension of that plate, left of all others.
+            copies: Number of samples of each replica; those of the first come first.
+        """
+        before, self._all = self._all, (dim, copies)
+        try:
+            yield
+        finally:
+            self._all = before
 
     def _check_replica(self, r: int) -> None:
         if self.num_replicas is None:
@@ -312,6 +327,8 @@ class MeanFieldNormal(AutoNormal):
         loc, scale = getattr(locs, leaf), getattr(scales, leaf)
         if self.num_replicas is None:
             return loc, scale
+        if self._all is not None:
+            return self._spread(name, loc, *self._all), self._spread(name, scale, *self._all)
         if self._replica is None:
             raise ValueError(
                 f"a guide with num_replicas={self.num_replicas} has no sample of its own; use guide.replica(r), "
@@ -321,6 +338,11 @@ class MeanFieldNormal(AutoNormal):
             if (parameter := owner._parameters.get(f"{leaf}_unconstrained")) is not None:
                 mark(parameter, self.num_replicas)
         return loc[self._replica], scale[self._replica]
+
+    def _spread(self, name: str, values: Tensor, dim: int, copies: int) -> Tensor:
+        """Return the values of all replicas with the replicas at a plate's dimension, several copies of each."""
+        between = -dim - (values.dim() - self._event_dims[name])
+        return values.repeat_interleave(copies, 0).reshape(-1, *[1] * between, *values.shape[1:])
 
     def _posterior(self, name: str) -> Any:
         loc, scale = self._get_loc_and_scale(name)

@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pyro_sam._base.arguments import positive
+from pyro_sam._base.arguments import per_replica, positive
 from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.replicas import norms, number_in
 from pyro_sam._base.torch_optimisers import (
     can_fuse,
     check_constructor,
+    check_proportional,
+    check_replicas,
     check_scheduler,
     construct,
     make_scheduler,
@@ -46,8 +49,10 @@ class JointOptim(PyroOptim):
         optim_constructor: Class of a torch optimiser, such as ``torch.optim.Adam``.
         optim_args: Its keyword arguments; or a callable from a parameter's name to them, for a learning rate per
             parameter. ``fused=True`` is added where the optimiser has such a kernel for the parameters and neither
-            ``fused`` nor ``foreach`` nor ``differentiable`` is given.
-        clip_norm: Largest norm of the gradient of all parameters together, positive; None for no bound.
+            ``fused`` nor ``foreach`` nor ``differentiable`` is given. ``lr`` may be a sequence or a vector with one for
+            each replica of a guide with ``num_replicas``, for an optimiser whose steps are in proportion to it.
+        clip_norm: Largest norm of the gradient of all parameters together, positive; None for no bound. With replicas
+            the bound holds for each by itself.
         scheduler: Callable from the torch optimiser to a torch scheduler, such as
             ``lambda optimizer: CosineAnnealingLR(optimizer, T_max=100)``.
         scheduler_interval: ``"epoch"`` leaves the scheduler to calls of :meth:`step`, which :func:`pyro_sam.fit` makes
@@ -57,7 +62,8 @@ class JointOptim(PyroOptim):
         optimizer: The torch optimiser; None before the first step.
         scheduler: The torch scheduler; None before the first step, or where there is none.
         needs_closure: Whether the optimiser evaluates the loss by itself, as ``torch.optim.LBFGS`` does.
-        grad_norm: Norm of the last gradient before it was clipped, a scalar tensor; None without ``clip_norm``.
+        grad_norm: Norm of the last gradient before it was clipped, a scalar tensor, or one norm for each replica; None
+            without ``clip_norm``.
     Raises:
         ValueError: If an argument is out of its range or does not fit the optimiser. At a step: if the optimiser needs
             a closure, or the scheduler cannot follow parameters that appear later.
@@ -79,6 +85,12 @@ class JointOptim(PyroOptim):
                 "optim_args must be a dict such as {'lr': 1e-3}, or a callable from a parameter's name to one, got "
                 f"optim_args={optim_args!r}."
             )
+        self._rates: tuple[float, ...] | None = None  # one for each replica
+        rates = optim_args.get("lr") if isinstance(optim_args, dict) else None
+        if isinstance(rates, Sequence) or (isinstance(rates, Tensor) and rates.dim() == 1):
+            self._rates = per_replica(positive, "lr", rates)
+            optim_args = {**optim_args, "lr": max(self._rates)}  # type: ignore[dict-item]
+            check_proportional(optim_constructor)
         super().__init__(optim_constructor, optim_args)
         self._constructor: Callable[..., Optimizer] = optim_constructor
         self.clip_norm = None if clip_norm is None else positive("clip_norm", clip_norm)
@@ -108,7 +120,9 @@ class JointOptim(PyroOptim):
                 f"{type(optimizer).__name__} evaluates the loss several times in a step, which SVI.step does not "
                 "offer; call optim.minimize(svi, ...) in its place, or use pyro_sam.fit."
             )
+        before = [] if self._rates is None else [param.detach().clone() for param in self._params]
         optimizer.step(*args, **kwargs)
+        self._shorten(before)
         for param in self._params:
             param.grad = None
         if self.scheduler is not None and self.scheduler_interval == "step":
@@ -242,8 +256,26 @@ class JointOptim(PyroOptim):
             self.scheduler.load_state_dict(state["scheduler"])
 
     def _clip(self) -> None:
-        if self.clip_norm is not None:
+        if self.clip_norm is None:
+            return
+        gradients = [param.grad for param in self._params if param.grad is not None]
+        number = next((n for param in self._params if (n := number_in(param))), None)
+        if number is None or not gradients:
             self.grad_norm = clip_grad_norm_(self._params, self.clip_norm)
+            return
+        self.grad_norm = norms(gradients, number)
+        factors = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1)  # as in clip_grad_norm_
+        for gradient in gradients:
+            gradient.mul_(factors.to(gradient).view(-1, *[1] * (gradient.dim() - 1)))
+
+    @torch.no_grad()
+    def _shorten(self, before: Sequence[Tensor]) -> None:
+        """Shorten a step taken at the largest learning rate to each replica's own."""
+        if self._rates is None:
+            return
+        shares = torch.tensor(self._rates, dtype=torch.float64) / max(self._rates)
+        for param, old in zip(self._params, before, strict=True):
+            param.copy_(torch.lerp(old, param, shares.to(param).view(-1, *[1] * (param.dim() - 1))))
 
     def _consume(self, params: Iterable[Tensor]) -> None:
         """Load what waits for these parameters."""
@@ -267,6 +299,8 @@ class JointOptim(PyroOptim):
 
     def _meet(self, params: set[Tensor]) -> None:
         """Take in what no step has used yet."""
+        for param in params - self._present:
+            check_replicas(self._constructor, number_in(param), self._rates, needs_closure=self.needs_closure)
         self._present = params
         new = [param for param in params if param not in self.optim_objs]
         if not new:

@@ -44,6 +44,34 @@ def can_fuse(constructor: Callable[..., Optimizer], args: dict[str, Any], param:
     return True
 
 
+# their steps are no product of the learning rate and something that does not know it
+_NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS)
+
+
+def check_proportional(constructor: Any) -> None:
+    """Raise ValueError if an optimiser's steps are not in proportion to its learning rate."""
+    if isinstance(constructor, type) and issubclass(constructor, _NOT_PROPORTIONAL):
+        raise ValueError(
+            f"lr has one learning rate for each replica, and the steps of {title(constructor)} are not in proportion to "
+            "it; give one number, or take an optimiser such as Adam or SGD."
+        )
+
+
+def check_replicas(
+    constructor: Any, number: int | None, rates: Sequence[float] | None, *, needs_closure: bool
+) -> None:
+    """Raise ValueError if an optimiser cannot move a parameter with rows for so many replicas, each by itself."""
+    name = title(constructor)
+    if number is not None and (needs_closure or name in ("Adafactor", "Muon", "Shampoo", "LBFGS")):
+        raise ValueError(
+            f"{name} does not work element by element, so that replicas would touch each other; use an optimiser such "
+            "as Adam or SGD, or train without num_replicas."
+        )
+    if rates is not None and number != len(rates):
+        what = "a guide without replicas" if number is None else f"a guide with {number} replicas"
+        raise ValueError(f"lr has {len(rates)} learning rates, one for each replica, got {what}.")
+
+
 @contextmanager
 def unchanged_on_error(optimizer: Any) -> Iterator[None]:
     """Put a torch optimiser's parameters and state back to what they were, without gradients, if the body raises."""

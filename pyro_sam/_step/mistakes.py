@@ -21,7 +21,7 @@ from pyro_sam._step.sites import NoiseSite
 from pyro_sam.perturbation import Mixture, Perturbation
 
 # Digits, a net of 4,810 weights: an adversary at distance 0.7 is learnt from, at 1.04 accuracy stays at chance.
-_FAR = 1.0
+FAR = 1.0
 _MANY = 100
 
 
@@ -198,7 +198,7 @@ def _warn_of_far_noise(sites: Mapping[str, NoiseSite], law: Perturbation, num_pa
     if far is None or d < _MANY or any(scale.is_meta for scale in scales):
         return
     distance = math.sqrt(sum(scale.detach().double().square().sum().item() for scale in scales) / num_particles)
-    if distance > _FAR:
+    if distance > FAR:
         _warn(
             f"{far!r} moves the {d} latent scalars by {distance:.3g} in their own units, as far as a random draw but "
             f"all in the worst direction. rho=None is meant for a fixed scale r/√d, r from 0.05 to 0.2: give the guide "

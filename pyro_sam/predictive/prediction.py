@@ -1,9 +1,9 @@
 """What :func:`~pyro_sam.predictive.streaming` returns: an equal mixture of the likelihoods of posterior samples."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,21 +25,31 @@ class SampledLikelihood:
         num_samples: How many samples ran at once; None for one that ran by itself, without a dimension for samples.
         batch_dim: Number of batch dimensions of one sample. With ``num_samples`` the batch shape of ``fn`` is
             ``(num_samples, 1, ..., 1)`` and then those.
+        start: The first of the samples that count.
+        stop: The one after the last of them; None for all.
     """
 
     fn: Any
     num_samples: int | None
     batch_dim: int
+    start: int = 0
+    stop: int | None = None
 
     def __len__(self) -> int:
-        return self.num_samples or 1
+        stop = (self.num_samples or 1) if self.stop is None else self.stop
+        return stop - self.start
 
     def map(self, statistic: Callable[[Any], Tensor]) -> Tensor:
         """Return a statistic of the distribution, the samples along the first dimension."""
         values = statistic(self.fn)
         if self.num_samples is None:
             return values[None]
-        return values.flatten(0, len(self.fn.batch_shape) - 1 - self.batch_dim)
+        return values.flatten(0, len(self.fn.batch_shape) - 1 - self.batch_dim)[self.start : self.stop]
+
+    def part(self, i: int, number: int) -> "SampledLikelihood":
+        """Return the i-th of equal parts of the samples."""
+        size = len(self) // number
+        return replace(self, start=i * size, stop=(i + 1) * size)
 
 
 class Prediction:
@@ -48,14 +58,41 @@ class Prediction:
     Statistics are of the mixture :math:`\frac1S \sum_s p(y \mid x, w_s)`. The shapes below are those of one data plate,
     ``(N, *event_shape)``; with plates around or inside it their dimensions stay where they are.
 
+    Of a guide with replicas it is the mixture over all of them, a deep ensemble of posteriors, and :meth:`replica` gives
+    the prediction of one.
+
     Args:
         batches: For each batch of data, its likelihoods at all posterior samples.
         data_dim: The batch dimension that the data points lie along, counted from the right: -1 or less.
+        replicas: The same for each replica of the guide, whose likelihoods ``batches`` are; empty for a single guide.
     """
 
-    def __init__(self, batches: list[list[SampledLikelihood]], data_dim: int = -1) -> None:
+    def __init__(
+        self,
+        batches: list[list[SampledLikelihood]],
+        data_dim: int = -1,
+        replicas: Sequence[list[list[SampledLikelihood]]] = (),
+    ) -> None:
         self.batches = batches
         self.data_dim = data_dim
+        self._replicas = tuple(replicas)
+
+    @property
+    def num_replicas(self) -> int | None:
+        """Number of the guide's replicas; None for a single guide."""
+        return len(self._replicas) or None
+
+    def replica(self, r: int) -> "Prediction":
+        """Return the prediction of one replica.
+
+        Args:
+            r: Its number, from 0.
+        Raises:
+            ValueError: If there is no such replica.
+        """
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < len(self._replicas):
+            raise ValueError(f"replica must be a whole number below {len(self._replicas)}, the replicas, got {r!r}.")
+        return Prediction(self._replicas[r], self.data_dim)
 
     @property
     def num_samples(self) -> int:

@@ -36,6 +36,7 @@ def predict(
     site: str = "obs",
     samples_at_once: int = 1,
     progress: bool = False,
+    replica: int | None = None,
 ) -> Prediction:
     """Return the posterior predictive of a model at new data.
 
@@ -56,6 +57,8 @@ def predict(
             :class:`~pyro_sam.BayesianModule` is mapped over them by ``torch.func.vmap``; a model written by hand must
             broadcast, as for ``pyro.infer.Predictive(parallel=True)``.
         progress: Whether to show a progress bar; needs tqdm.
+        replica: Number of the replica to predict with; None for all of them, mixed equally, with ``num_samples`` each.
+            All replicas run together where ``samples_at_once`` is more than 1.
     Returns:
         The mixture of the likelihoods.
     Raises:
@@ -69,14 +72,40 @@ def predict(
     if batch_size is not None:
         positive_int("batch_size", batch_size)
     check_pair(model, guide)
-    batches = list(_batches(args, batch_size))
+    batches, number = list(_batches(args, batch_size)), replicas_of(guide)
+    if number is None and replica is not None:
+        raise ValueError(f"replica={replica!r} needs a guide with replicas, MeanFieldNormal(model, num_replicas=R).")
+    first = nullcontext() if number is None else guide.as_replica(0 if replica is None else replica)
     with kept_buffers():
-        plan = _Plan.of(model, guide, batches[0], site)
-        found: list[list[SampledLikelihood]] = [[] for _ in batches]
-        for size in _shown(_sizes(num_samples, samples_at_once), progress):
-            for parts, fn in zip(found, plan.likelihoods(model, guide, batches, size), strict=True):
-                parts.append(SampledLikelihood(fn, size, plan.batch_dim))
-    return Prediction(found, plan.data_dim)
+        with first:
+            plan = _Plan.of(model, guide, batches[0], site)
+        sizes = _shown(_sizes(num_samples, samples_at_once), progress)
+        if number is None or replica is not None:
+            with first if number is None else guide.as_replica(replica):
+                return Prediction(plan.draw(model, guide, batches, sizes), plan.data_dim)
+        replicas = _of_replicas(plan, model, guide, batches, list(sizes), number)
+    together = [[part for found in replicas for part in found[b]] for b in range(len(batches))]
+    return Prediction(together, plan.data_dim, replicas)
+
+
+def _of_replicas(
+    plan: "_Plan", model: Any, guide: Any, batches: list[Any], sizes: list[Any], number: int
+) -> list[list[list[SampledLikelihood]]]:
+    """Return what each replica's samples give, for each batch of data."""
+    replicas: list[list[list[SampledLikelihood]]] = []
+    if None in sizes:
+        for r in range(number):
+            with guide.as_replica(r):
+                replicas.append(plan.draw(model, guide, batches, sizes))
+        return replicas
+    replicas = [[[] for _ in batches] for _ in range(number)]
+    for size in sizes:
+        with guide.as_all_replicas(-1 - plan.nesting, size):
+            drawn = plan.draw(model, guide, batches, [size * number])
+        for r, found in enumerate(replicas):
+            for parts, (part,) in zip(found, drawn, strict=True):
+                parts.append(part.part(r, number))
+    return replicas
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,16 @@ class _Plan:
             shared=shared,
             is_local=len(shared) < len(guides),
         )
+
+    def draw(
+        self, model: Any, guide: Any, batches: list[Any], sizes: Iterable[int | None]
+    ) -> list[list[SampledLikelihood]]:
+        """Return the likelihoods of each batch at posterior samples, of which there run so many at once."""
+        found: list[list[SampledLikelihood]] = [[] for _ in batches]
+        for size in sizes:
+            for parts, fn in zip(found, self.likelihoods(model, guide, batches, size), strict=True):
+                parts.append(SampledLikelihood(fn, size, self.batch_dim))
+        return found
 
     def likelihoods(
         self, model: Callable[..., Any], guide: Callable[..., Any], batches: list[Any], size: int | None
@@ -204,6 +243,12 @@ def _shown(sizes: list[int | None], progress: bool) -> Iterable[int | None]:
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install pyro-sam[progress]") from error
     return tqdm(sizes, desc="predict", unit="run")
+
+
+def replicas_of(guide: Any) -> int | None:
+    """Return how many replicas a guide has; None for a single guide."""
+    number: int | None = getattr(poutine.unwrap(guide), "num_replicas", None)
+    return number
 
 
 def check_pair(model: Any, guide: Any) -> None:
