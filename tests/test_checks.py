@@ -203,3 +203,24 @@ def test_postponed_checks_end_with_an_error() -> None:
     with pytest.raises(KeyError), postponed(), postponed():
         raise KeyError
     assert torch._is_all_true is asked
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("handler", [pyro.poutine.mask, pyro.poutine.scale], ids=["mask", "scale"])
+def test_rows_at_a_latent_are_refused_in_any_step(handler: Callable[..., Any], fast: bool) -> None:
+    """A mask or a scale with rows gives a latent's log probability rows, though no size of the model changed."""
+    pyro.clear_param_store()
+    model = Model(lambda eta: dist.Normal(eta, 1.0))
+    rows = torch.tensor([True, False, True, True, True, True])
+    elbo = ps.SAM_ELBO(ps.Gaussian(), fast=fast)
+    guide = ps.MeanFieldNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 0.01}), elbo)
+    plain = SVI(model, guide, Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    for _ in range(3):
+        svi.step(X, COUNTS)
+    for each in (plain, svi):
+        with (
+            pytest.raises(ValueError, match='at site "w", invalid log_prob shape'),
+            handler(**{handler.__name__: rows if handler is pyro.poutine.mask else 1.0 + rows}),
+        ):
+            each.step(X, COUNTS)

@@ -43,4 +43,5 @@ def _kind(site: Any) -> tuple[Hashable, ...]:
 
 def _sizes(site: Any) -> Hashable:
     fn = site["fn"]
-    return getattr(site["value"], "shape", None), fn.batch_shape, fn.event_shape, site["cond_indep_stack"]
+    shapes = [getattr(site[name], "shape", None) for name in ("value", "mask", "scale")]  # log_prob has all of them
+    return *shapes, fn.batch_shape, fn.event_shape, site["cond_indep_stack"]
