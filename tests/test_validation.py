@@ -120,6 +120,19 @@ def test_the_site_is_the_only_observed_one_or_obs_or_the_one_named(several: bool
         assert history["validation"] == pytest.approx([-float(dist.Normal(0.7, 2.0).log_prob(5 * y).mean())], rel=1e-4)
 
 
+def test_arguments_that_a_dict_leaves_out_take_their_defaults() -> None:
+    def model(x: Tensor, shift: float = 2.0, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w + shift, 1.0), obs=y)
+
+    data = {"x": torch.ones(3), "y": torch.tensor([1.0, 2.0, 3.0])}
+    guide = ps.MeanFieldNormal(model, init_loc_fn=lambda site: torch.tensor(0.7), init_scale=1e-6)
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 0.0}), ps.SAM_ELBO())
+    history = ps.fit(svi, [data], 1, progress=False, validation=data)
+    assert history["validation"] == pytest.approx([-float(dist.Normal(2.7, 1.0).log_prob(data["y"]).mean())], rel=1e-4)
+
+
 # Nothing else is touched
 
 
@@ -244,9 +257,22 @@ def test_early_stopping_watches_validation_where_there_is_one() -> None:
     assert min(last) == min(last[:-2]) < min(last[-2:])
 
 
-def test_the_bar_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(build(), 2, validation=batch(), progress=True)
-    assert "validation=" in capsys.readouterr().err
+def test_the_bar_shows_it_after_every_epoch_and_through_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, bool]] = []
+
+    class Display:
+        def update(self, values: Any) -> None:
+            shown.append(("batch", "validation" in values))
+
+        def epoch(self, values: Any) -> None:
+            shown.append(("epoch", "validation" in values))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("pyro_sam.training.loop.display", lambda *args: Display())
+    fit(build(), 2, validation=batch())
+    assert shown == [("batch", False)] * 3 + [("epoch", True)] + [("batch", True)] * 3 + [("epoch", True)]
 
 
 # Errors
@@ -278,6 +304,18 @@ def test_what_cannot_be_validated_on_is_refused_before_training(validation: Any,
     assert not list(pyro.get_param_store())
     assert svi.guide.prototype_trace is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_look_before_training_leaves_no_parameter_of_the_model() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        pyro.param("noise", lambda: torch.rand(()))
+        line(x, y)
+
+    svi = line_svi()
+    svi = SVI(model, ps.MeanFieldNormal(model), svi.optim, svi.loss.__self__)
+    with pytest.raises(ValueError, match="observes nothing"):
+        ps.fit(svi, [(torch.ones(2), torch.ones(2))], 1, progress=False, validation=(torch.ones(2),))
+    assert not list(pyro.get_param_store())
 
 
 def test_nan_in_the_data_is_named() -> None:

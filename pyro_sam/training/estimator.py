@@ -1,14 +1,21 @@
-"""The loss of a training run: its settings as text, and the state that a checkpoint keeps of it."""
+"""The loss of a training run: its settings as text, the state that a checkpoint keeps of it, its value by replica."""
 
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro.infer import SVI
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
+from pyro_sam._base import ranks as distributed
+from pyro_sam._base.replicas import norms, number_in
 from pyro_sam.elbo import SAM_ELBO
+from pyro_sam.predictive.streaming import replicas_of
+from pyro_sam.training.numbers import Number
 
 
 def elbo_of(svi: SVI) -> Any:
@@ -45,6 +52,22 @@ def restore_elbo(
         warnings.warn(f"the loss is not the one of the checkpoint ({'; '.join(changed)}).", stacklevel=2)
     if state and state.keys() == elbo_state(svi).keys():
         elbo_of(svi).load_state_dict(state)
+
+
+def loss_of_all(svi: SVI, loss: Any) -> Number:
+    """Return the mean over ranks of a step's loss; of replicas, of each one's."""
+    losses = None if replicas_of(svi.guide) is None else getattr(elbo_of(svi), "replica_losses", None)
+    if losses is None:
+        return distributed.mean_number(float(loss))
+    return distributed.mean_over_ranks(losses.double()).tolist()
+
+
+def norm_of_all(params: list[Tensor]) -> Number:
+    """Return the norm of the gradient; of replicas, of each one's."""
+    number = next((found for param in params if (found := number_in(param))), None)
+    if number is None:
+        return float(clip_grad_norm_(params, math.inf))  # changes nothing
+    return norms([param.grad for param in params if param.grad is not None], number).tolist()
 
 
 def _text(value: Any) -> str:

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from operator import add
 from os import PathLike
 from typing import Any
 
@@ -11,11 +12,11 @@ import pyro
 import torch
 from pyro.infer import SVI
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from pyro_sam._base import ranks as distributed
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam.optim import JointOptim
+from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training import checkpoint as files
 from pyro_sam.training.advice import (
     check_run,
@@ -27,16 +28,18 @@ from pyro_sam.training.advice import (
 from pyro_sam.training.annealing import Anneal
 from pyro_sam.training.best import Best
 from pyro_sam.training.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
-from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, restore_elbo
+from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, loss_of_all, norm_of_all, restore_elbo
 from pyro_sam.training.interrupt import deferred_interrupt
+from pyro_sam.training.numbers import Number, any_finite, each, mapped, overall
 from pyro_sam.training.optimisers import close_epoch, learning_rate, load_optim
 from pyro_sam.training.position import Position, arguments, check_arguments
 from pyro_sam.training.progress import progress as display
+from pyro_sam.training.stopping import EarlyStopping
 from pyro_sam.training.terms import TermSums, mean_pair, terms
 from pyro_sam.training.trained import Trained
 from pyro_sam.training.validation import Validation
 
-History = dict[str, list[float]]
+History = dict[str, list[Any]]  # a number an epoch, of a guide with replicas a list of theirs
 
 
 class Training:
@@ -83,7 +86,8 @@ class Training:
         self._validation, self._restore_best = validation, restore_best_weights
         self._callbacks = tuple(callbacks)
         self._trained, self._position = Trained(), Position(loader)
-        self._sums, self._terms = {"loss": 0.0, "grad_norm": 0.0}, TermSums()
+        self._sums: dict[str, Number] = {"loss": 0.0, "grad_norm": 0.0}
+        self._terms = TermSums()
         self._whole, self._stopped, self._seconds = True, False, 0.0
         self._written: int | None = None  # the step of the last checkpoint
         self._saved = files.read_last(self.checkpoint.path) if self.checkpoint and resume else None
@@ -110,7 +114,7 @@ class Training:
                     now = None
                 if interrupted():  # since the last step
                     raise KeyboardInterrupt
-            if self._validation and self._restore_best:
+            if (self._validation and self._restore_best) or self._ends_apart():
                 self.best.restore(self._trained)
         except BaseException as error:
             for param in self._trained.params.values():
@@ -157,20 +161,24 @@ class Training:
                 raise FloatingPointError(self._not_finite(where)) from error
             raise
         self.batch, self.step, self._position.last = self.batch + 1, self.step + 1, batch
-        self._sums["loss"] += loss
-        self._sums["grad_norm"] += norm
+        self._add("loss", loss)
+        self._add("grad_norm", norm)
         self._terms.add(pair)
         if first:
             warn_of_takeover(before, self._trained.params)
             warn_of_unscaled_batches(svi, self.loader, args, kwargs)
         known = [name for name in ("data", "kl", "validation") if name in self.history]
-        self._display.update({**self._means(), **{name: self.history[name][-1] for name in known}})
+        values: dict[str, Number] = {**self._means(), **{name: self.history[name][-1] for name in known}}
+        self._display.update({name: overall(value) for name, value in values.items()})
 
-    def _move(self, args: Any, kwargs: Any) -> tuple[float, float, Any]:
+    def _add(self, name: str, value: Number) -> None:
+        self._sums[name] = mapped(add, self._sums[name], value)
+
+    def _move(self, args: Any, kwargs: Any) -> tuple[Number, Number, Any]:
         """Take a step; return loss, gradient's norm and the loss's two terms where it began."""
         optim, found = self.svi.optim, []
 
-        def evaluate() -> tuple[float, dict[str, Tensor]]:
+        def evaluate() -> tuple[Any, dict[str, Tensor]]:
             loss, norm, used = self._evaluate_gradient(args, kwargs)
             found.append((loss, norm, getattr(elbo_of(self.svi), "_last_terms", None)))
             return loss, used
@@ -183,7 +191,7 @@ class Training:
             pyro.infer.util.zero_grads(params)
         return found[0]
 
-    def _evaluate_gradient(self, args: Any, kwargs: Any) -> tuple[float, float, dict[str, Tensor]]:
+    def _evaluate_gradient(self, args: Any, kwargs: Any) -> tuple[Number, Number, dict[str, Tensor]]:
         """Return loss, gradient's norm, and the parameters whose gradients are now the means over all processes."""
         svi, known = self.svi, len(self._trained.params)
         with self._trained.found(modules=self.step == 0) as used:
@@ -192,11 +200,11 @@ class Training:
             svi.optim.name_parameters(self._trained.params.items())
         params = list({id(param): param for _, param in sorted(used.items())}.values())  # once each
         distributed.average_gradients(params)
-        loss = distributed.mean_number(float(loss))
-        norm = float(clip_grad_norm_(params, math.inf))  # changes nothing
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(self._not_finite(f"the loss is {loss:g} and its gradient's norm {norm:g}"))
-        return loss, norm, used
+        mean, norm = loss_of_all(svi, loss), norm_of_all(params)
+        if not any_finite(mean, norm):  # replicas that are lost leave the others alone
+            worst = f"the loss is {each(mean)[0]:g} and its gradient's norm {each(norm)[0]:g}"
+            raise FloatingPointError(self._not_finite(worst))
+        return mean, norm, used
 
     def _meet(self, batch: Any) -> None:
         """Look at the first batch, and let all processes start from the first one's parameters."""
@@ -214,20 +222,21 @@ class Training:
             self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs)
         restore_random_states(states)
 
-    def _means(self) -> dict[str, float]:
-        return {name: total / self.batch for name, total in self._sums.items()}
+    def _means(self) -> dict[str, Number]:
+        return {name: mapped(lambda total: total / self.batch, total) for name, total in self._sums.items()}
 
     def _close_epoch(self) -> None:
         optim = self.svi.optim
         values = {**self._means(), **self._mean_terms(), **self._validate()}
+        self._keep(values)
         for name, value in {**values, "lr": learning_rate(optim), "seconds": self._seconds}.items():
             self.history.setdefault(name, []).append(value)
         self._sums, self._terms = dict.fromkeys(self._sums, 0.0), TermSums()
         self.epoch, self.batch, self._seconds = self.epoch + 1, 0, 0.0
-        close_epoch(optim, values["loss"])
-        self._display.epoch(values)
+        close_epoch(optim, overall(values["loss"]))
+        self._display.epoch({name: overall(value) for name, value in values.items()})
 
-    def _mean_terms(self) -> dict[str, float]:
+    def _mean_terms(self) -> dict[str, Number]:
         """Return the epoch's data term and KL, from its last batch if need be; nothing if one epoch has none."""
         names = ("data", "kl")
         pair = self._terms.means(self.batch, self._means()["loss"])
@@ -241,15 +250,28 @@ class Training:
             return {}
         return dict(zip(names, pair, strict=True))
 
-    def _validate(self) -> dict[str, float]:
-        """Return the validation NLL, and keep the best weights; NaN stands for an epoch without one."""
+    def _validate(self) -> dict[str, Number]:
+        """Return the validation NLL; NaN stands for an epoch without one."""
         if self._validation is None:
             return {"validation": math.nan} if "validation" in self.history else {}
         if self.epoch:  # a checkpoint without validation is gone on from
             self.history.setdefault("validation", [math.nan] * self.epoch)
-        nll = self._validation.nll(self.svi, self._trained.modules)
-        self.best.offer(nll, self.epoch + 1, self._trained)
-        return {"validation": nll}
+        return {"validation": self._validation.nll(self.svi, self._trained.modules)}
+
+    def _keep(self, values: dict[str, Number]) -> None:
+        """Keep the weights that the run, or a replica that has not stopped, would end at."""
+        stops = [callback.stopped(self.history) for callback in self._callbacks if isinstance(callback, EarlyStopping)]
+        stopped = [any(column) for column in zip(*stops, strict=True)] or [False] * len(each(values["loss"]))
+        if self._validation and self._restore_best:
+            self.best.offer(values["validation"], self.epoch + 1, self._trained, stopped)
+        elif self._ends_apart():
+            self.best.offer(
+                mapped(lambda _: -float(self.epoch), values["loss"]), self.epoch + 1, self._trained, stopped
+            )
+
+    def _ends_apart(self) -> bool:
+        """Return whether replicas stop one by one."""
+        return replicas_of(self.svi.guide) is not None and any(isinstance(c, EarlyStopping) for c in self._callbacks)
 
     def _not_finite(self, what: str) -> str:
         last = "no checkpoint was kept"

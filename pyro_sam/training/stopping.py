@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyro_sam._base.arguments import non_negative
+from pyro_sam.training.numbers import by_replica
 
 if TYPE_CHECKING:
-    from pyro_sam.training.loop import Training
+    from pyro_sam.training.loop import History, Training
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
     """Callback that ends training when a value has not become smaller for a while.
+
+    Of a guide with replicas each stops by itself: it ends at the weights that it had then, and training ends with the
+    last of them.
 
     Args:
         monitor: Name in the history; None for ``"validation"`` where :func:`pyro_sam.fit` validates, else ``"loss"``.
@@ -34,11 +38,21 @@ class EarlyStopping:
 
     def __call__(self, training: "Training") -> bool:
         """Return whether it is time to stop; from the history alone, so that it survives a resumption."""
-        history = training.history
+        return all(self.stopped(training.history))
+
+    def stopped(self, history: "History") -> list[bool]:
+        """Return of each replica, or of the one there is, whether it is time to stop."""
+        if not history:
+            return []
         monitor = self.monitor or ("validation" if "validation" in history else "loss")
         if monitor not in history:
             raise ValueError(f"monitor must be one of {', '.join(history)}, got monitor={monitor!r}.")
+        return [self._has_waited(values) for values in by_replica(history[monitor])]
+
+    def _has_waited(self, values: list[float]) -> bool:
         best, since = math.inf, 0
-        for value in history[monitor]:
+        for value in values:
             best, since = (value, 0) if value < best - self.min_delta else (best, since + 1)
-        return since >= self.patience
+            if since >= self.patience:
+                return True
+        return False

@@ -1,6 +1,8 @@
 r"""The two terms of the loss in the history: an epoch's means, or those at a Gaussian sample of its last batch."""
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,13 @@ from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.ranks import gathered
+from pyro_sam._base.replicas import of_replica
 from pyro_sam._step.call import Call
 from pyro_sam._step.loss import data_loss, kl_loss, latent_sites
 from pyro_sam._step.minibatch import follow_minibatch
+from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.checkpoint import random_states, restore_random_states
+from pyro_sam.training.numbers import Number, each, mapped
 
 Pair = Sequence[Tensor | float]
 
@@ -38,7 +43,8 @@ def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | No
     """Return the terms of the loss, leaving no trace; None for a guide that does not sample all latents."""
     states = random_states()
     try:
-        with torch.no_grad(), kept_buffers():
+        with torch.no_grad(), kept_buffers(), first_replica(svi.guide):
+            args, kwargs = of_replica((args, kwargs), 0)
             guide = follow_minibatch(Call(svi.model, svi.guide, args, kwargs))
             run = poutine.trace(guide).get_trace(*args, **kwargs)
             model = poutine.trace(poutine.replay(svi.model, trace=run)).get_trace(*args, **kwargs)
@@ -52,6 +58,11 @@ def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | No
         return Terms(float(data_loss(model)), float(kl_loss(run, model)), scales)
 
 
+def first_replica(guide: Any) -> AbstractContextManager[None]:
+    """Let a guide with replicas be the first of them in the body."""
+    return nullcontext() if replicas_of(guide) is None else guide.as_replica(0)
+
+
 class TermSums:
     """Sums of data term and weighted KL over the steps of an epoch, added up without waiting for the device."""
 
@@ -63,31 +74,38 @@ class TermSums:
         known = self._sums is not None and pair is not None
         self._sums = [_plus(*both) for both in zip(self._sums, pair, strict=True)] if known else None  # type: ignore[arg-type]
 
-    def means(self, steps: int, loss: float) -> list[float] | None:
+    def means(self, steps: int, loss: Number) -> list[Number] | None:
         """Return the means over steps and ranks; None where they are unknown, or are not the terms of this loss."""
         sums = mean_pair(self.state())
         if sums is None:
             return None
-        data, kl = (total / steps for total in sums)
+        data, kl = (mapped(lambda total: total / steps, total) for total in sums)
         # a loss of the user's own may be made of an estimator's, and be another number
-        return [data, kl] if abs(data + kl - loss) <= _PRECISION * (abs(data) + abs(kl)) else None
+        return [data, kl] if all(each(mapped(_add_up, data, kl, loss))) else None
 
-    def state(self) -> list[float] | None:
-        """Return the sums as numbers."""
-        return None if self._sums is None else [float(each) for each in self._sums]
+    def state(self) -> list[Number] | None:
+        """Return the sums as numbers, of replicas as lists."""
+        return None if self._sums is None else [torch.as_tensor(total).tolist() for total in self._sums]
 
-    def load(self, state: Sequence[float] | None) -> None:
+    def load(self, state: Sequence[Number] | None) -> None:
         """Take over what :meth:`state` returned."""
-        self._sums = state
+        self._sums = None if state is None else [torch.tensor(total, dtype=torch.float64) for total in state]
 
 
 _PRECISION = 1e-3  # of a mean that was added up in single precision
 
 
-def mean_pair(pair: Sequence[float] | None) -> list[float] | None:
+def _add_up(data: float, kl: float, loss: float) -> bool:
+    """Return whether a loss is the sum of its terms; one that is not finite has none."""
+    return not math.isfinite(loss) or abs(data + kl - loss) <= _PRECISION * (abs(data) + abs(kl))
+
+
+def mean_pair(pair: Sequence[Number] | None) -> list[Number] | None:
     """Return the mean of all ranks' pairs of numbers; None if one of them has none."""
     pairs = gathered(pair)
-    return None if None in pairs else [sum(each) / len(pairs) for each in zip(*pairs, strict=True)]
+    if None in pairs:
+        return None
+    return [mapped(lambda *values: sum(values) / len(values), *part) for part in zip(*pairs, strict=True)]
 
 
 def _plus(total: Tensor | float, value: Tensor | float) -> Tensor | float:

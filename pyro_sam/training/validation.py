@@ -1,9 +1,11 @@
 """The validation NLL of a training run: data that is looked at after every epoch, and leaves no trace."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,9 +20,12 @@ from pyro_sam._base.arguments import positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.ranks import gathered
-from pyro_sam.predictive import predict
+from pyro_sam.predictive import Prediction, predict
+from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.advice import not_finite
+from pyro_sam.training.numbers import Number
 from pyro_sam.training.position import Position, arguments, check_arguments
+from pyro_sam.training.terms import first_replica
 
 _SEED = 0  # of every look: what differs between epochs is the posterior, not the noise
 
@@ -36,17 +41,21 @@ class Validation:
             batch, as a tuple ``(x, y)``, a dict or a tensor.
         num_samples: Number S of posterior samples, at least 1; the same noise in every epoch.
         site: Name of the observed site; None for the only one there is, or ``"obs"`` among several.
+        samples_at_once: Number of posterior samples, and with more than 1 of all replicas, that run together; see
+            :func:`pyro_sam.predict`.
     Raises:
-        ValueError: If ``data`` cannot be iterated anew, or ``num_samples`` is not positive.
+        ValueError: If ``data`` cannot be iterated anew, or a number is not positive.
     """
 
     data: Any
     num_samples: int = 32
     site: str | None = None
+    samples_at_once: int = 1
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         positive_int("num_samples", self.num_samples)
+        positive_int("samples_at_once", self.samples_at_once)
         if not isinstance(self.data, Iterable) or isinstance(self.data, str | bytes):
             raise ValueError(f"validation must be batches, or one batch such as (x, y), got {self.data!r}.")
         if isinstance(self.data, Iterator):
@@ -71,31 +80,51 @@ class Validation:
                 return
             _observed(trace, self.site)
 
-    def nll(self, svi: SVI, modules: Iterable[nn.Module]) -> float:
-        """Return the NLL per observation, over all processes.
+    def nll(self, svi: SVI, modules: Iterable[nn.Module]) -> Number:
+        """Return the NLL per observation, over all processes; of a guide with replicas a list of theirs.
 
         Args:
             svi: Model and guide, trained.
             modules: Modules that run; they are in evaluation mode meanwhile.
         """
-        total, count = 0.0, 0
+        total, count = torch.zeros((), dtype=torch.float64), 0
         with _unseen(self.data, modules):
             for batch in self._batches():
                 with _explained(batch):
                     found = self._log_prob(svi.model, svi.guide, _by_place(svi.model, batch))
-                total, count = total - float(found.sum()), count + found.numel()
+                total, count = total - found.sum(-1), count + found.shape[-1]
         totals, counts = zip(*gathered((total, count)), strict=True)
-        return float(sum(totals) / sum(counts))
+        nll: Number = (sum(totals) / sum(counts)).tolist()
+        return nll
 
     @torch.no_grad()
-    def _log_prob(self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
-        """Return the log predictive probability of each observation of a batch."""
+    def _log_prob(self, model: Callable[..., Any], guide: Any, args: tuple[Any, ...]) -> Tensor:
+        """Return the log predictive probability of each observation of a batch, of replicas a row each."""
         pyro.set_rng_seed(_SEED)
-        latents = poutine.trace(guide).get_trace(*args)
+        with first_replica(guide):
+            latents = poutine.trace(guide).get_trace(*args)
         site, y = _observed(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args), self.site)
-        pyro.set_rng_seed(_SEED)  # every batch sees the same posterior samples
-        found = predict(model, guide, *args, num_samples=self.num_samples, site=site).log_prob(y)
-        return found.cpu().double()
+
+        def look(replica: int | None = None) -> Prediction:
+            pyro.set_rng_seed(_SEED)  # every batch, and every replica by itself, sees the same noise
+            return predict(
+                model,
+                guide,
+                *args,
+                num_samples=self.num_samples,
+                samples_at_once=self.samples_at_once,
+                site=site,
+                replica=replica,
+            )
+
+        number = replicas_of(guide)
+        if number is None:
+            return _flat(look().log_prob(y))
+        if self.samples_at_once > 1:
+            with suppress(ValueError, RuntimeError):  # one that is lost would take the others with it
+                together = look()
+                return torch.stack([_flat(together.replica(r).log_prob(y)) for r in range(number)])
+        return _stack([partial(lambda r: _flat(look(replica=r).log_prob(y)), r) for r in range(number)])
 
     def _batches(self) -> Iterable[Any]:
         return [self.data] if isinstance(self.data, tuple | Mapping | Tensor) else self.data
@@ -127,6 +156,25 @@ def _explained(batch: Any) -> Iterator[None]:
         if where := not_finite(batch):
             raise ValueError(f"validation must be finite, and {where}.") from error
         raise
+
+
+def _flat(log_prob: Tensor) -> Tensor:
+    return log_prob.cpu().double().flatten()
+
+
+def _stack(rows: list[Callable[[], Tensor]]) -> Tensor:
+    """Return the rows together, NaN in the place of one that fails while others do not."""
+    found: list[Tensor | None] = []
+    for row in rows:
+        try:
+            found.append(row())
+        except (ValueError, RuntimeError) as error:
+            found.append(None)
+            failure = error
+    good = next((each for each in found if each is not None), None)
+    if good is None:
+        raise failure
+    return torch.stack([torch.full_like(good, math.nan) if each is None else each for each in found])
 
 
 def _by_place(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
