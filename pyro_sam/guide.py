@@ -127,7 +127,7 @@ class MeanFieldNormal(AutoNormal):
 
     def _set_up_replicas(self, number: int, *args: Any, **kwargs: Any) -> None:
         """Set up the locs of each replica and put them side by side."""
-        found = []
+        found: list[dict[str, Tensor]] = []
         for r in reversed(range(number)):  # the first comes last, and stays the prototype
             mine, by_name = of_replica(args, r), of_replica(kwargs, r)
             with fresh_weights() if r else nullcontext():

@@ -269,9 +269,10 @@ def init_to_module(bnn: BayesianModule, fallback: Callable[..., Any] = init_to_f
 
 
 def _init_at_weight(site: Any, bnn: BayesianModule, fallback: Callable[..., Any]) -> Any:
-    value = site["infer"].get("init_value")
-    names = {name for name, _ in _network(bnn).named_parameters()}
-    if value is None or names.isdisjoint({site["name"], site["name"].rpartition("/")[2]}):
+    own = dict(_network(bnn).named_parameters())
+    # not the value that the site proposes, which for replicas is a fresh one
+    value = own.get(site["name"], own.get(site["name"].rpartition("/")[2]))
+    if "init_value" not in site["infer"] or value is None:
         return fallback(site)
     support = site["fn"].support
     while isinstance(support, constraints.independent):
@@ -279,7 +280,7 @@ def _init_at_weight(site: Any, bnn: BayesianModule, fallback: Callable[..., Any]
     if support is not constraints.real and not support.check(value).all():
         return fallback(site)
     # a copy: the guide trains what it gets, and the network's weights are not the guide's
-    return value.clone()
+    return value.detach().clone()
 
 
 def _network(bnn: BayesianModule) -> nn.Module:

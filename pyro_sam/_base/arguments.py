@@ -46,7 +46,8 @@ def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> 
         return value
     if not value:
         raise ValueError(f"{name} must be a number, or one for each replica, got {name}={value!r}.")
-    return tuple(check(f"{name}[{r}]", each) for r, each in enumerate(value))
+    each: Sequence[Any] = value
+    return tuple(check(f"{name}[{r}]", number) for r, number in enumerate(each))
 
 
 def positive_int(name: str, value: int) -> int:

@@ -52,14 +52,12 @@ def check_proportional(constructor: Any) -> None:
     """Raise ValueError if an optimiser's steps are not in proportion to its learning rate."""
     if isinstance(constructor, type) and issubclass(constructor, _NOT_PROPORTIONAL):
         raise ValueError(
-            f"lr has one learning rate for each replica, and the steps of {title(constructor)} are not in proportion to "
-            "it; give one number, or take an optimiser such as Adam or SGD."
+            f"lr has one learning rate for each replica, and the steps of {title(constructor)} are not in "
+            "proportion to it; give one number, or take an optimiser such as Adam or SGD."
         )
 
 
-def check_replicas(
-    constructor: Any, number: int | None, rates: Sequence[float] | None, *, needs_closure: bool
-) -> None:
+def check_replicas(constructor: Any, number: int | None, rates: Sequence[float] | None, *, needs_closure: bool) -> None:
     """Raise ValueError if an optimiser cannot move a parameter with rows for so many replicas, each by itself."""
     name = title(constructor)
     if number is not None and (needs_closure or name in ("Adafactor", "Muon", "Shampoo", "LBFGS")):

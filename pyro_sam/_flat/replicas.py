@@ -156,7 +156,8 @@ class ReplicaPasses(FlatPasses):
     def _kl_of(self, run: Recorder, q: Sequence[Tensor]) -> tuple[Loss, bool, KnownModel]:
         """Return the KL of one replica without constant Normal priors, and whether it is an estimate."""
         known = self._look_up(run)
-        single = FlatNormal(self.flat.layout.of_one(), *q)
+        loc, scale = q
+        single = FlatNormal(self.flat.layout.of_one(), loc, scale)
         terms, is_estimate = kl_terms(run, known.normal(run, single), single)
         return reduce(add, terms, 0.0), is_estimate, known
 

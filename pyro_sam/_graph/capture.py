@@ -35,7 +35,8 @@ class Captured:
     """A captured step.
 
     Args:
-        graph: Maps the inputs to the loss, whether the values passed torch's checks, and a gradient per target.
+        graph: Maps the inputs to the loss, whether the values passed torch's checks (each a row per replica, where there
+            are some), and a gradient per target.
         targets: The tensors that get a gradient.
         leaves: All parameters that the step met, frozen ones included.
         statements: Those of ``pyro.param`` statements, by name.
@@ -87,7 +88,7 @@ def capture(
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise CannotCapture("the loss depends on no parameter")
         targets[:] = _leaves(loss)
-        gradients = torch.autograd.grad(loss, targets, allow_unused=True)
+        gradients = torch.autograd.grad(loss.sum(), targets, allow_unused=True)
         used = [torch.zeros_like(p) if g is None else g for p, g in zip(targets, gradients, strict=True)]
         return [loss.detach(), torch.ones_like(loss, dtype=torch.bool) if holds is None else holds, *used]
 

@@ -31,7 +31,7 @@ _VARIANTS = 4  # captures of one form of the arguments, as of a network in train
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay gave: the loss, and the gradient of each parameter."""
+    """What a replay gave: the loss (of replicas, a row each), its sum, and the gradient of each parameter."""
 
     loss: Tensor
     value: float
@@ -104,8 +104,8 @@ class Variant:
         with torch.no_grad():
             loss, holds, *gradients = self._captured.graph(*inputs)
         # the step's one wait for the device
-        value, all_hold = torch.stack([loss, holds.to(loss)]).tolist()
-        if not (all_hold and math.isfinite(value)):
+        value = float(torch.where(holds, loss, math.nan).sum())
+        if not math.isfinite(value):
             for tensor, value_before in zip(self._written, before, strict=True):
                 tensor.copy_(value_before)
             return None
@@ -245,4 +245,5 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        outer = outer if outer.dim() == 0 else outer[0]  # of replicas, the sum's: all the same
         return (None, None, *(outer * gradient for gradient in ctx.gradients))

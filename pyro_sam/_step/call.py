@@ -57,7 +57,11 @@ class Call:
         """Return the arguments that are neither tensors nor plain values: they may hold anything."""
         if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
             return []
-        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if not isinstance(leaf, (Tensor, PerReplica, *PLAIN))]
+        return [
+            leaf
+            for leaf in tree_leaves((self.args, dict(self.kwargs)))
+            if not isinstance(leaf, (Tensor, PerReplica, *PLAIN))
+        ]
 
 
 def _key(function: Any) -> Hashable:

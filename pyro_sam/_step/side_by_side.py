@@ -114,7 +114,5 @@ class RanSideBySide(Ran):
 
 
 def _stack(losses: Sequence[Loss], like: Loss = 0.0) -> Tensor:
-    tensors = [loss for loss in losses if isinstance(loss, Tensor)]
-    like = tensors[0] if tensors else like
-    options = {"dtype": like.dtype, "device": like.device} if isinstance(like, Tensor) else {}
-    return torch.stack([loss if isinstance(loss, Tensor) else torch.tensor(loss, **options) for loss in losses])
+    like = next((loss for loss in losses if isinstance(loss, Tensor)), torch.as_tensor(like))
+    return torch.stack([loss if isinstance(loss, Tensor) else like.new_tensor(loss) for loss in losses])

@@ -128,6 +128,7 @@ class SAM_ELBO(ELBO):
         self._settings = settings
         self._knowledge = Knowledge()
         self._last_terms: Terms | None = None
+        self._replica_losses: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return a setting."""
@@ -146,7 +147,7 @@ class SAM_ELBO(ELBO):
         """Return settings and state; what was found out about models stays behind."""
         knowledge = Knowledge()
         knowledge.load_ascent(self._knowledge.ascent())
-        return {**self.__dict__, "_knowledge": knowledge, "_last_terms": None}
+        return {**self.__dict__, "_knowledge": knowledge, "_last_terms": None, "_replica_losses": None}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the state: the averages of ``ascent="previous"`` by guide site; empty for ``"fresh"``."""
@@ -187,7 +188,7 @@ class SAM_ELBO(ELBO):
         def take(settings: Settings) -> Any:
             replay = self._replay(call, pair, settings)
             if replay is not None:
-                return replay.differentiable()
+                return _sum(replay.differentiable())
             total: Any = 0.0
             for particle in self._particles(call, pair, settings):
                 total = total + particle.loss().loss / settings.num_particles
@@ -214,9 +215,10 @@ class SAM_ELBO(ELBO):
         return self._accumulate(call, pair, settings)
 
     def _accumulate(self, call: Call, pair: Pair, settings: Settings) -> float:
-        self._last_terms = None
+        self._last_terms = self._replica_losses = None
         replay = self._replay(call, pair, settings)
         if replay is not None:
+            self._note_losses(replay.loss)
             return replay.accumulate()
         total: Loss = 0.0
         number = settings.num_particles
@@ -227,16 +229,16 @@ class SAM_ELBO(ELBO):
             total = total + found.value / number
             terms.append(found.terms)
         self._last_terms = Terms(*(_mean(each) for each in zip(*terms, strict=True)))
+        self._note_losses(total)
         return _number(_sum_of_good(total))
 
     @property
     def replica_losses(self) -> Tensor | None:
         """The losses of the last step by replica, shape ``(R,)``; None before a step, or for a single guide."""
-        terms: Any = self._last_terms
-        if terms is None or not (isinstance(terms.data, Tensor) and terms.data.dim()):
-            return None
-        losses: Tensor = terms.data + terms.kl
-        return losses
+        return self._replica_losses
+
+    def _note_losses(self, loss: Loss) -> None:
+        self._replica_losses = loss if isinstance(loss, Tensor) and loss.dim() else None
 
     # From a call to its particles
 
@@ -290,12 +292,10 @@ class SAM_ELBO(ELBO):
 
     def _replay(self, call: Call, pair: Pair, settings: Settings) -> Replayed | None:
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
-        if num_replicas(call.guide) is not None:
-            return None
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
-        start = RandomState.capture()
-        law = settings.perturbation.toss() if settings.num_particles == 1 else settings.perturbation
+        start, single = RandomState.capture(), num_replicas(call.guide) is None
+        law = settings.perturbation.toss() if settings.num_particles == 1 and single else settings.perturbation
         if law is not settings.perturbation:
             settings = replace(settings, perturbation=law)
 
@@ -306,7 +306,7 @@ class SAM_ELBO(ELBO):
                 loss, holds = particle.unchecked()
                 total = total + loss / settings.num_particles
                 conditions += [] if holds is None else [holds]
-            return total, torch.stack(conditions).all() if conditions else None
+            return total, torch.stack(conditions).all(0) if conditions else None
 
         def first() -> None:
             for particle in self._particles(call, pair, settings):
@@ -336,8 +336,8 @@ def _check_statistics(modules: Iterable[Any]) -> None:
     for module in modules:
         if module.training and getattr(module, "running_mean", None) is not None:
             raise ValueError(
-                f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, build "
-                "it with track_running_stats=False, use GroupNorm, or train without num_replicas."
+                f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, "
+                "build it with track_running_stats=False, use GroupNorm, or train without num_replicas."
             )
 
 

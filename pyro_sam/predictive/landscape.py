@@ -102,7 +102,7 @@ class Landscape:
         return product
 
     def _run_guide(self, noise: Callable[[str, CoreNormal], Tensor]) -> tuple[Any, dict[str, NoiseSite]]:
-        with NoiseMessenger(noise, lambda name: False, self._held, None) as handler:
+        with NoiseMessenger(noise, lambda name: False, self._held, {}, None) as handler:
             trace = poutine.trace(self._guide).get_trace(*self._args)
         return trace, handler.sites
 

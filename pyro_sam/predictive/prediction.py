@@ -58,8 +58,8 @@ class Prediction:
     Statistics are of the mixture :math:`\frac1S \sum_s p(y \mid x, w_s)`. The shapes below are those of one data plate,
     ``(N, *event_shape)``; with plates around or inside it their dimensions stay where they are.
 
-    Of a guide with replicas it is the mixture over all of them, a deep ensemble of posteriors, and :meth:`replica` gives
-    the prediction of one.
+    Of a guide with replicas it is the mixture over all of them, a deep ensemble of posteriors, and :meth:`replica`
+    gives the prediction of one.
 
     Args:
         batches: For each batch of data, its likelihoods at all posterior samples.

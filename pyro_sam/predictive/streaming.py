@@ -1,7 +1,7 @@
 """The posterior predictive, streamed: one posterior sample at a time, so that no stack of weights is ever held."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,31 +75,35 @@ def predict(
     batches, number = list(_batches(args, batch_size)), replicas_of(guide)
     if number is None and replica is not None:
         raise ValueError(f"replica={replica!r} needs a guide with replicas, MeanFieldNormal(model, num_replicas=R).")
-    first = nullcontext() if number is None else guide.as_replica(0 if replica is None else replica)
+    sizes = _sizes(num_samples, samples_at_once)
     with kept_buffers():
-        with first:
+        with _speaking(guide, number, replica or 0):
             plan = _Plan.of(model, guide, batches[0], site)
-        sizes = _shown(_sizes(num_samples, samples_at_once), progress)
         if number is None or replica is not None:
-            with first if number is None else guide.as_replica(replica):
-                return Prediction(plan.draw(model, guide, batches, sizes), plan.data_dim)
-        replicas = _of_replicas(plan, model, guide, batches, list(sizes), number)
+            with _speaking(guide, number, replica):
+                return Prediction(plan.draw(model, guide, batches, _shown(sizes, progress)), plan.data_dim)
+        replicas = _of_replicas(plan, model, guide, batches, sizes, number, progress)
     together = [[part for found in replicas for part in found[b]] for b in range(len(batches))]
     return Prediction(together, plan.data_dim, replicas)
 
 
+def _speaking(guide: Any, number: int | None, r: int | None) -> AbstractContextManager[None]:
+    """Let a guide with replicas speak as one of them."""
+    return nullcontext() if number is None else guide.as_replica(r)
+
+
 def _of_replicas(
-    plan: "_Plan", model: Any, guide: Any, batches: list[Any], sizes: list[Any], number: int
+    plan: "_Plan", model: Any, guide: Any, batches: list[Any], sizes: list[Any], number: int, progress: bool
 ) -> list[list[list[SampledLikelihood]]]:
     """Return what each replica's samples give, for each batch of data."""
     replicas: list[list[list[SampledLikelihood]]] = []
     if None in sizes:
-        for r in range(number):
+        for r in _shown(range(number), progress):
             with guide.as_replica(r):
                 replicas.append(plan.draw(model, guide, batches, sizes))
         return replicas
     replicas = [[[] for _ in batches] for _ in range(number)]
-    for size in sizes:
+    for size in _shown(sizes, progress):
         with guide.as_all_replicas(-1 - plan.nesting, size):
             drawn = plan.draw(model, guide, batches, [size * number])
         for r, found in enumerate(replicas):
@@ -235,7 +239,7 @@ def _sizes(num_samples: int, at_once: int) -> list[int | None]:
     return [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
 
 
-def _shown(sizes: list[int | None], progress: bool) -> Iterable[int | None]:
+def _shown(sizes: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
         return sizes
     try:
