@@ -46,8 +46,8 @@ def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> 
         return value
     if not value:
         raise ValueError(f"{name} must be a number, or one for each replica, got {name}={value!r}.")
-    each: Sequence[Any] = value
-    return tuple(check(f"{name}[{r}]", number) for r, number in enumerate(each))
+    numbers: Any = value
+    return tuple(check(f"{name}[{r}]", number) for r, number in enumerate(numbers))
 
 
 def positive_int(name: str, value: int) -> int:

@@ -35,8 +35,8 @@ class Captured:
     """A captured step.
 
     Args:
-        graph: Maps the inputs to the loss, whether the values passed torch's checks (each a row per replica, where there
-            are some), and a gradient per target.
+        graph: Maps the inputs to the loss, whether the values passed torch's checks (each a row per replica, where
+            there are some), and a gradient per target.
         targets: The tensors that get a gradient.
         leaves: All parameters that the step met, frozen ones included.
         statements: Those of ``pyro.param`` statements, by name.
