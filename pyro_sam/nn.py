@@ -39,7 +39,7 @@ class BayesianModule(PyroModule):
     statistics, are the network's own.
 
     Particles: where a plate gives the weights a dimension at the left, shape (P, 1, ..., 1) + the parameter's, the
-    network is mapped over it by ``torch.func.vmap`` (with recurrent layers: in a loop). All particles see the same
+    network is mapped over it by ``torch.func.vmap`` (recurrent layers run in a loop). All particles see the same
     input. The output gets shape (P, 1, ..., 1) + the network's own output shape, so that the first dimension of the
     latter is the data plate's, -1, and P stands at its own plate's.
 

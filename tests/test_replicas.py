@@ -242,7 +242,7 @@ def test_captured_models_are_those_of_runs_of_their_own(
     agree(noise, make(), y, "AscendedSample", compile=True)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv and GroupNorm"])
+@pytest.mark.parametrize("name", ["mlp", "conv and GroupNorm", "LSTM"])
 def test_replicas_of_plain_models_run_as_one(name: str) -> None:
     make, y = MODELS[name]
     model = make()

@@ -42,8 +42,9 @@ def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> 
     if isinstance(value, Tensor) and value.dim() == 1:
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        check(name, value)
-        return value
+        single: Any = value
+        check(name, single)
+        return single
     if not value:
         raise ValueError(f"{name} must be a number, or one for each replica, got {name}={value!r}.")
     numbers: Any = value

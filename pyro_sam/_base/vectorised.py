@@ -1,6 +1,6 @@
 """Run a network once with weights of its own, or for all particles of a vectorised estimator at once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_sam._base.recurrent import RecurrentByRow
 
 # what Pyro's ELBOs, Predictive, ReweightedWakeSleep and SMCFilter call the plate of their particles
 PARTICLE_PLATES = frozenset(
@@ -83,8 +85,8 @@ def run(net: nn.Module, weights: Mapping[str, Tensor], plate_dim: int, args: Any
             for name, weight in weights.items()
         }
         dim = max(plate_dim, *(_distance(shape) for shape in leading.values()))
-        looped = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in net.modules())
-        return _run_each(call, flat, mapped, size, dim - 2, looped)
+        with mappable(net.modules()):
+            return _run_each(call, flat, mapped, size, dim - 2)
 
 
 def _leading_shape(name: str, shape: torch.Size, own: torch.Size) -> torch.Size:
@@ -130,7 +132,6 @@ def _run_each(
     mapped: set[str],
     size: int,
     singletons: int,
-    looped: bool,
 ) -> Any:
     structure: list[Any] = []
 
@@ -139,22 +140,24 @@ def _run_each(
         structure[:] = leaves, spec
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    if looped:
-        # torch.func.vmap has no rule for recurrent layers
-        runs = [tensors({n: w[i] if n in mapped else w for n, w in weights.items()}) for i in range(size)]
-        outputs = iter([torch.stack(values) for values in zip(*runs, strict=True)])
-    else:
-        with no_fused_attention(), _named_limits():
-            in_dims = ({name: 0 if name in mapped else None for name in weights},)
-            outputs = iter(vmap(tensors, in_dims=in_dims, randomness="different")(weights))
+    with _named_limits():
+        in_dims = ({name: 0 if name in mapped else None for name in weights},)
+        outputs = iter(vmap(tensors, in_dims=in_dims, randomness="different")(weights))
     leaves, spec = structure
     index = (slice(None), *[None] * singletons)
     return tree_unflatten([next(outputs)[index] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 @contextmanager
-def no_fused_attention() -> Iterator[None]:
-    """Keep torch from choosing an attention kernel that has no gradient."""
+def mappable(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep torch from kernels that ``torch.func.vmap`` cannot map, where modules have such ones."""
+    recurrent = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in modules)
+    with _no_fused_attention(), RecurrentByRow() if recurrent else nullcontext():
+        yield
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
     # under vmap a weight does not tell that it requires grad, so torch would choose a kernel that has no gradient
     switch = getattr(torch.backends, "mha", None)  # torch 2.1 lacks it
     before = switch is None or switch.get_fastpath_enabled()

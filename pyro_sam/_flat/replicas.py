@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_sam._base.random_state import RandomState, rewound
 from pyro_sam._base.replicas import PerReplica
-from pyro_sam._base.vectorised import no_fused_attention
+from pyro_sam._base.vectorised import mappable
 from pyro_sam._flat.passes import FlatPasses, FlatRan, KnownModel, kl_terms
 from pyro_sam._flat.place import Place, Where
 from pyro_sam._flat.recorder import Recorder, Surprise
@@ -131,7 +131,7 @@ class ReplicaPasses(FlatPasses):
         own = [leaf.values for leaf in self._leaves if isinstance(leaf, PerReplica)]
         q = (self.flat.loc, self.flat.scale) if ends else ()
         try:
-            with self._stream(), no_fused_attention():
+            with self._stream(), mappable(self._pair.seen_modules):
                 outputs = list(vmap(one, randomness="different")(tuple(values), q, own))
         except RuntimeError as error:
             if "vmap" not in str(error) and "atching rule" not in str(error):

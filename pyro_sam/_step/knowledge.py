@@ -1,13 +1,13 @@
 """The one place that remembers: what is known of a model and a guide."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
@@ -82,6 +82,11 @@ class Pair:
                 guess._guess_max_plate_nesting(call.model, call.guide, call.args, call.kwargs)
             self._nesting = int(guess.max_plate_nesting)
         return int(self.known_nesting(settings))
+
+    @property
+    def seen_modules(self) -> Sequence[nn.Module]:
+        """The modules that model and guide were last seen to see."""
+        return () if self._surroundings is None else self._surroundings.modules
 
     def surroundings(self, call: Call) -> Surroundings:
         """Return what model and guide can see besides their arguments."""
