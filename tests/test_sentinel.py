@@ -61,13 +61,15 @@ def test_it_is_due_at_powers_of_two_and_then_at_thousands() -> None:
     assert due == [
         *(2**k for k in range(1, 10)), 1000, 2000, 3000, 4000,
     ]  # fmt: skip
+    of_replicas = [count for count in range(1, 20_001) if sentinel.is_due(count, replicas=True)]
+    assert of_replicas == [2, 1000, 10_000, 20_000]
 
 
 @pytest.mark.parametrize("settings", [{}, {"ascent": "previous"}, {"num_particles": 2}], ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_a_look_leaves_no_trace(law: ps.Perturbation, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = trained(ps.SAM_ELBO(law, **settings))
-    monkeypatch.setattr(sentinel, "is_due", lambda count: False)
+    monkeypatch.setattr(sentinel, "is_due", lambda count, **_: False)
     alone = trained(ps.SAM_ELBO(law, **settings))
     assert watched[0] == alone[0]  # to the last bit
     same(watched, alone, 0.0)
@@ -111,7 +113,7 @@ def break_scale_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_fast_step_ends_the_fast_steps_with_one_warning(
     law: ps.Perturbation, break_it: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinel, "is_due", lambda count: True)  # also the first
+    monkeypatch.setattr(sentinel, "is_due", lambda count, **_: True)  # also the first
     break_it(monkeypatch)
     elbo = ps.SAM_ELBO(law)
     with pytest.warns(UserWarning, match="A shortened step gave other numbers") as said:

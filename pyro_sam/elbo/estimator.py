@@ -281,14 +281,15 @@ class SAM_ELBO(ELBO):
 
     def _is_watched(self, pair: Pair, settings: Settings) -> bool:
         """Return whether this step, if it is a fast one, is one that the sentinel looks at."""
-        if num_replicas(pair.guide) is not None and pair.draws is not False:
+        replicas = num_replicas(pair.guide) is not None
+        if replicas and pair.draws is not False:
             return False  # mapped over replicas, a model draws in another order
         if pair.slow or not settings.fast or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             return False
         if not only_parameters_are_traced() or not (settings.compile or len(pair.known)):
             return False  # an ordinary one
         pair.fast_steps += 1
-        return sentinel.is_due(pair.fast_steps)
+        return sentinel.is_due(pair.fast_steps, replicas=replicas)
 
     def _replay(self, call: Call, pair: Pair, settings: Settings) -> Replayed | None:
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""

@@ -24,8 +24,13 @@ from pyro_sam._step.knowledge import Pair
 T = TypeVar("T")
 
 
-def is_due(count: int) -> bool:
-    """Return whether a pair's fast step of this number, from 1, is looked at: the 2nd, 4th, 8th, ..., each 1000th."""
+def is_due(count: int, *, replicas: bool = False) -> bool:
+    """Return whether a pair's fast step of this number, from 1, is looked at: the 2nd, 4th, 8th, ..., each 1000th.
+
+    Of replicas, of which each takes an ordinary step of its own: the 2nd, the 1000th, and each 10 000th.
+    """
+    if replicas:
+        return count in (2, 1000) or (count > 0 and count % 10_000 == 0)
     return count > 1 and (count % 1000 == 0 if count >= 1000 else count & (count - 1) == 0)
 
 
