@@ -6,7 +6,7 @@ from pyro_sam import arviz, flatness, metrics, nn, optim, plots
 from pyro_sam._base.replicas import per_replica
 from pyro_sam._flat import vectors as _vectors
 from pyro_sam.elbo import SAM_ELBO
-from pyro_sam.guide import MeanFieldNormal
+from pyro_sam.guide import MeanFieldNormal, SAMRadius
 from pyro_sam.nn import BayesianModule
 from pyro_sam.perturbation import (
     Adversarial,
@@ -20,6 +20,9 @@ from pyro_sam.perturbation import (
 )
 from pyro_sam.predictive import Prediction, predict
 from pyro_sam.training import Anneal, Checkpoint, EarlyStopping, Validation, checkpoint, fit
+from pyro_sam.tuning import Tuned, default_space, tune
+
+__version__ = "0.1.0"
 
 _sys.modules["pyro_sam.flat"] = _vectors  # guides that were pickled before it moved name it so
 
@@ -39,9 +42,12 @@ __all__ = [
     "NoiseSpace",
     "Perturbation",
     "Prediction",
+    "SAMRadius",
+    "Tuned",
     "Validation",
     "arviz",
     "checkpoint",
+    "default_space",
     "fit",
     "flatness",
     "metrics",
@@ -50,4 +56,5 @@ __all__ = [
     "per_replica",
     "plots",
     "predict",
+    "tune",
 ]

@@ -410,3 +410,41 @@ def test_numbers_that_the_loss_does_not_have_are_refused_before_training() -> No
     with pytest.raises(ValueError, match="kl_weight must be non-negative"):
         fit(build(), callbacks=[ps.Anneal(kl_weight=(-1.0, 1.0, 2))])
     assert not list(pyro.get_param_store())
+
+
+# How the model is called
+
+
+def test_a_model_is_called_without_the_observations_where_it_can_be() -> None:
+    seen = []
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        seen.append(y is None)
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4 if y is not None else len(x), subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(w * x, 1.0), obs=y)
+
+    x, y = torch.linspace(0, 1, 9), torch.linspace(1, 2, 9)  # more rows than the plate has
+    guide = ps.MeanFieldNormal(model, init_loc_fn=lambda site: torch.tensor(0.7), init_scale=1e-6)
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 0.0}), ps.SAM_ELBO(ps.Mean()))
+    history = ps.fit(svi, [(x[:4], y[:4])], 1, progress=False, validation=(x, y))
+    assert history["validation"] == pytest.approx([-float(dist.Normal(0.7 * x, 1.0).log_prob(y).mean())], rel=1e-4)
+    assert sum(seen) > 32
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_model_that_needs_the_observations_or_changes_them_is_called_with_them(needed: bool) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 9, subsample_size=len(y) if needed else len(x)):
+            pyro.sample("obs", dist.Normal(w * x, 1.0), obs=y if needed else y + 1)
+
+    x, y = torch.linspace(0, 1, 9), torch.linspace(1, 2, 9)
+    guide = ps.MeanFieldNormal(model, init_loc_fn=lambda site: torch.tensor(0.7), init_scale=1e-6)
+    svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 0.0}), ps.SAM_ELBO(ps.Mean()))
+    history = ps.fit(svi, [(x, y)], 1, progress=False, validation=(x, y))
+    expected = -float(dist.Normal(0.7 * x, 1.0).log_prob(y if needed else y + 1).mean())
+    assert history["validation"] == pytest.approx([expected], rel=1e-4)
+    too_many = (torch.linspace(0, 1, 10),) * 2
+    with pytest.raises(ValueError, match="subsample_size"):
+        ps.fit(svi, [(x, y)], 1, progress=False, validation=too_many)

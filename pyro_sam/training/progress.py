@@ -34,8 +34,8 @@ class Silent:
 class Bar(Silent):
     """Tqdm's bar over all batches, with the time left."""
 
-    def __init__(self, tqdm: Any, total: int | None, done: int) -> None:
-        self._bar = tqdm(total=total, initial=done, desc="fit", unit="batch", mininterval=0.5)
+    def __init__(self, tqdm: Any, total: int | None, done: int, name: str, unit: str) -> None:
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=0.5)
 
     def update(self, values: Mapping[str, float]) -> None:
         """Move on by a batch."""
@@ -54,30 +54,33 @@ class Bar(Silent):
 class Lines(Silent):
     """A line an epoch on the standard error."""
 
-    def __init__(self) -> None:
-        sys.stderr.write("fit: pip install tqdm for a progress bar (progress=False for silence)\n")
+    def __init__(self, name: str) -> None:
+        self._name = name
+        sys.stderr.write(f"{name}: pip install tqdm for a progress bar (progress=False for silence)\n")
 
     def epoch(self, values: Mapping[str, float]) -> None:
         """Write a line."""
         text = ", ".join(f"{name} {value}" for name, value in _text(values).items())
-        sys.stderr.write(f"fit: {text}\n")
+        sys.stderr.write(f"{self._name}: {text}\n")
 
 
-def progress(wanted: bool, total: int | None, done: int) -> Progress:
+def progress(wanted: bool, total: int | None, done: int, name: str = "fit", unit: str = "batch") -> Progress:
     """Return a display.
 
     Args:
         wanted: Whether there is one.
         total: Number of batches in all, None if unknown.
         done: Number of batches that an earlier run has seen.
+        name: What is under way.
+        unit: What is counted in the place of batches.
     """
     if not wanted:
         return Silent()
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return Lines()
-    return Bar(tqdm, total, done)
+        return Lines(name)
+    return Bar(tqdm, total, done, name, unit)
 
 
 def _text(values: Mapping[str, float]) -> dict[str, str]:

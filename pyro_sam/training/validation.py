@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_sam._base.arguments import positive_int
@@ -24,8 +23,8 @@ from pyro_sam.predictive import Prediction, predict
 from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.advice import not_finite
 from pyro_sam.training.numbers import Number
+from pyro_sam.training.observation import can_run, observation
 from pyro_sam.training.position import Position, arguments, check_arguments
-from pyro_sam.training.terms import first_replica
 
 _SEED = 0  # of every look: what differs between epochs is the posterior, not the noise
 
@@ -67,18 +66,16 @@ class Validation:
     def check(self, model: Callable[..., Any]) -> None:
         """Raise ValueError unless the first batch has what the model observes; the model runs once, at its prior."""
         with _unseen(self.data, ()), pyro.get_param_store().scope(), torch.no_grad():
-            batch = next(iter(self._batches()), None)
+            batch = next(iter(self.batches()), None)
             if batch is None:
                 raise ValueError("validation must hold observations, got no batch.")
             check_arguments(model, batch, "validation")
             args = _by_place(model, batch)
             if any(isinstance(arg, Tensor) and not arg.numel() for arg in args):
                 raise ValueError("validation must hold observations, got a batch of none.")
-            try:
-                trace = poutine.trace(model).get_trace(*args)
-            except Exception:  # not every model runs at draws from its prior
-                return
-            _observed(trace, self.site)
+            runs = [poutine.trace(model).get_trace]
+            if can_run(runs, args):  # not every model does at draws from its prior
+                observation(runs, args, self.site)
 
     def nll(self, svi: SVI, modules: Iterable[nn.Module]) -> Number:
         """Return the NLL per observation, over all processes; of a guide with replicas a list of theirs.
@@ -89,7 +86,7 @@ class Validation:
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         with _unseen(self.data, modules):
-            for batch in self._batches():
+            for batch in self.batches():
                 with _explained(batch):
                     found = self._log_prob(svi.model, svi.guide, _by_place(svi.model, batch))
                 total, count = total - found.sum(-1), count + found.shape[-1]
@@ -100,33 +97,32 @@ class Validation:
     @torch.no_grad()
     def _log_prob(self, model: Callable[..., Any], guide: Any, args: tuple[Any, ...]) -> Tensor:
         """Return the log predictive probability of each observation of a batch, of replicas a row each."""
-        pyro.set_rng_seed(_SEED)
-        with first_replica(guide):
-            latents = poutine.trace(guide).get_trace(*args)
-        site, y = _observed(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args), self.site)
+        number = replicas_of(guide)
+        runs = [partial(_run, model, guide, r) for r in range(number or 1)]
+        seen = observation(runs, args, self.site)
 
         def look(replica: int | None = None) -> Prediction:
             pyro.set_rng_seed(_SEED)  # every batch, and every replica by itself, sees the same noise
             return predict(
                 model,
                 guide,
-                *args,
+                *seen.args,
                 num_samples=self.num_samples,
                 samples_at_once=self.samples_at_once,
-                site=site,
+                site=seen.site,
                 replica=replica,
             )
 
-        number = replicas_of(guide)
         if number is None:
-            return _flat(look().log_prob(y))
+            return _flat(look().log_prob(seen.value))
         if self.samples_at_once > 1:
             with suppress(ValueError, RuntimeError):  # one that is lost would take the others with it
                 together = look()
-                return torch.stack([_flat(together.replica(r).log_prob(y)) for r in range(number)])
-        return _stack([partial(lambda r: _flat(look(replica=r).log_prob(y)), r) for r in range(number)])
+                return torch.stack([_flat(together.replica(r).log_prob(seen.value)) for r in range(number)])
+        return _stack([partial(lambda r: _flat(look(replica=r).log_prob(seen.value)), r) for r in range(number)])
 
-    def _batches(self) -> Iterable[Any]:
+    def batches(self) -> Iterable[Any]:
+        """Return the batches."""
         return [self.data] if isinstance(self.data, tuple | Mapping | Tensor) else self.data
 
 
@@ -145,6 +141,13 @@ def _unseen(data: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
         for part, mode in modes.items():
             part.training = mode
         now.restore()
+
+
+def _run(model: Callable[..., Any], guide: Any, r: int, *args: Any) -> Trace:
+    """Return a run of the model at a sample of the guide, or of one of its replicas."""
+    with nullcontext() if replicas_of(guide) is None else guide.as_replica(r):
+        latents = poutine.trace(guide).get_trace(*args)
+    return poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args)
 
 
 @contextmanager
@@ -190,19 +193,3 @@ def _by_place(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
             "by name."
         )
     return bound.args
-
-
-def _observed(trace: Trace, wanted: str | None) -> tuple[str, Tensor]:
-    """Return name and value of the observed site."""
-    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    observed = [name for name, site in sites.items() if site["is_observed"] and not site_is_subsample(site)]
-    name = wanted or (observed[0] if len(observed) == 1 else "obs")
-    if name not in observed:
-        raise ValueError(
-            f"validation must hold observations, as the training batches do: with its first batch the model observes "
-            f"{', '.join(observed) or 'nothing'}, and is to observe one site, or one of name {name!r}. A tuple is one "
-            "batch, such as (x, y); a list holds batches."
-        )
-    shape = sites[name]["fn"].shape()
-    value: Tensor = sites[name]["value"]
-    return name, value if value.shape == shape else value.expand(shape)
