@@ -54,9 +54,11 @@ class Causes:
                 "untrained", f"{what} Its locs are still where they started.", "lr", "a larger one, or more steps"
             )
             return
-        found = [*self._far(what), *self._tight(what), *self.poor(what), *self.wide_start(what)]
-        weight = self._measured.settings.kl_weight / 10
-        yield from found or [Problem("collapsed", f"{what} The KL outweighs the data.", "kl_weight", _round(weight))]
+        found = [*self._far(what), *self.poor(what), *self._tight(what), *self.wide_start(what, "collapsed")]
+        weight = self._measured.kl_weight / 10
+        yield from found or [
+            Problem("collapsed", f"{what} The KL outweighs the data.", "kl_weight", round_value(weight))
+        ]
 
     def _is_untrained(self) -> bool:
         sites = self._measured.mean.guide.sites
@@ -69,17 +71,18 @@ class Causes:
     def _far(self, what: str) -> Iterator[Problem]:
         law, scale = self._measured.settings.perturbation, self._initial_scale()
         for each in law.perturbations if isinstance(law, Mixture) else [law]:
-            rho = getattr(each, "rho", 0.0)
+            name = "rho" if hasattr(each, "rho") else "alpha"
+            rho = getattr(each, name, 0.0)
             unit = 1.0 if getattr(each, "geometry", "posterior") != "posterior" else scale
             if unit is None:
                 continue
-            distance = unit * (math.sqrt(self._size()) if rho is None else rho)
+            distance = unit * (math.sqrt(self._size()) if rho is None else abs(rho))
             if distance > FAR:
                 yield Problem(
                     "far",
                     f"{what} {each!r} moves the weights by {distance:.2g} in one direction, the worst.",
-                    "rho",
-                    _round(0.1 / unit),
+                    name,
+                    round_value(0.1 / unit),
                 )
 
     def _tight(self, what: str) -> Iterator[Problem]:
@@ -106,27 +109,27 @@ class Causes:
 
     def poor(self, what: str) -> Iterator[Problem]:
         """Yield a problem if the data have too few nats to give."""
-        weight, size, nats = self._measured.settings.kl_weight, self._size(), self.nats
+        weight, size, nats = self._measured.kl_weight, self._size(), self.nats
         if nats < _POOR * weight * size:
             yield Problem(
                 "collapsed",
                 f"{what} The data have {nats:.3g} nats to give for {size} latent scalars, which at "
                 f"kl_weight={weight:g} is too few for them to leave their prior.",
                 "kl_weight",
-                _round(nats / size),
+                round_value(nats / size),
             )
 
-    def wide_start(self, what: str) -> Iterator[Problem]:
+    def wide_start(self, what: str, kind: str) -> Iterator[Problem]:
         """Yield a problem if the guide started wider than the network's weights."""
         scale = self._initial_scale()
         sizes = [float(w.square().mean().sqrt()) for w in self.weights.values() if w.dim() > 1]
         if scale is not None and sizes and scale > min(sizes):
             yield Problem(
-                "collapsed",
+                kind,
                 f"{what} The guide started at a scale of {scale:.2g}, wider than the network's own weights, of size "
-                f"{min(sizes):.2g}: its signal was lost in noise.",
+                f"{min(sizes):.2g}: what a layer passed on was more noise than signal.",
                 "init_scale",
-                _round(min(sizes) / 2),
+                round_value(min(sizes) / 2),
             )
 
     @cached_property
@@ -153,8 +156,6 @@ class Causes:
         return float(given) if isinstance(given, int | float) else None
 
 
-def _round(value: float) -> float:
+def round_value(value: float) -> float:
     """Return a value to try: two digits would pretend to know more."""
     return float(f"{value:.1g}")
-
-

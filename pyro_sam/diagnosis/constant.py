@@ -14,10 +14,11 @@ def best_constant(fn: Any, value: Tensor, weight: Tensor) -> Tensor | None:
 
     .. math:: \max_\theta \sum_n w_n \log p(y_n \mid \theta)
 
-    Event coordinates, as the pixels of an image, have a parameter each.
+    Event coordinates, as the pixels of an image, have a parameter each. A Normal whose scale is one number, for all
+    observations, keeps it: it is the model's, given or learnt.
 
     Args:
-        fn: Distribution of the observations; only its family counts.
+        fn: Distribution of the observations; its family counts, and a Normal's scale.
         value: Observations, shape ``batch_shape + event_shape``.
         weight: Weight of each, shape ``batch_shape``.
     Returns:
@@ -46,8 +47,10 @@ Mean = Callable[[Tensor], Tensor]
 
 def _normal(core: Any, value: Tensor, mean: Mean) -> Tensor:
     loc = mean(value)
-    # of observations that are all one the likelihood has no bound
-    scale = mean((value - loc).square()).sqrt().clamp(min=1e-6)
+    scale = core.scale
+    if scale.numel() > 1 and bool((scale != scale.flatten()[0]).any()):
+        # of observations that are all one the likelihood has no bound
+        scale = mean((value - loc).square()).sqrt().clamp(min=1e-6)
     return td.Normal(loc, scale, validate_args=False).log_prob(value)
 
 

@@ -1,6 +1,8 @@
 r"""What a diagnosis is drawn from: runs of guide and model at chosen noise that leave no trace."""
 
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,29 +23,8 @@ from pyro_sam._step.ordinary import OrdinaryPasses, OrdinaryRan
 from pyro_sam._step.settings import Settings
 from pyro_sam._step.space import Space
 from pyro_sam.diagnosis.constant import best_constant
+from pyro_sam.diagnosis.report import Data
 from pyro_sam.perturbation import Gaussian, Mean
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data term and its kin, in nats over the whole data set.
-
-    Args:
-        observations: Number of observations, scaled as the plates say.
-        at_mean: Minus the log likelihood at the guide's mean.
-        at_samples: Its mean over samples of the guide.
-        at_noise: Its value at the law's noise.
-        predictive: Minus the log of the likelihood's mean over samples, observation by observation; None with
-            enumerated sites.
-        constant: Minus the log likelihood of the best constant prediction; None where it is not known.
-    """
-
-    observations: float
-    at_mean: float
-    at_samples: float
-    at_noise: float
-    predictive: float | None
-    constant: float | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +32,7 @@ class Measured:
     """Runs at the mean and at samples, and the data term's values there."""
 
     settings: Settings
+    kl_weight: float
     mean: OrdinaryRan
     samples: list[OrdinaryRan]
     data: Data | None
@@ -59,16 +41,33 @@ class Measured:
 @contextmanager
 def untouched(call: Call, seen: Any) -> Iterator[None]:
     """Undo what the body does to random streams, buffers, param store and plain values that the model can see."""
-    store, before = pyro.get_param_store(), RandomState.capture(call.streams)
+    before = RandomState.capture(call.streams)
+    store = pyro.get_param_store()
     names = set(store.keys())
     try:
-        with kept_buffers(call.modules), torch.no_grad(), poutine.block():
+        with kept_buffers(call.modules), torch.no_grad(), poutine.block(), warnings.catch_warnings(), _unlogged():
+            warnings.simplefilter("ignore")  # they were said in training
             yield
     finally:
         before.restore()
         seen.restore()
         for name in set(store.keys()) - names:
             del store[name]
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep Pyro from logging the nesting of plates, which it finds out again."""
+    logger = logging.getLogger("pyro.infer.elbo")
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: Any) -> bool:
+    return False
 
 
 def measure(call: Call, settings: Settings, num_samples: int) -> Measured:
@@ -93,7 +92,8 @@ def measure(call: Call, settings: Settings, num_samples: int) -> Measured:
     noise = None
     if not isinstance(law, Gaussian | Mean):
         noise = passes.descend(Space(passes, law, settings, 0.0, None).noise())
-    return Measured(settings, mean, samples, _data(mean, samples, noise))
+    weight: Any = settings.kl_weight  # one, as there are no replicas
+    return Measured(settings, float(weight), mean, samples, _data(mean, samples, noise))
 
 
 def observed_sites(model: Trace) -> dict[str, Any]:
@@ -137,7 +137,8 @@ def _sum(sites: Mapping[str, Any], log_prob: Callable[[str, Any], Tensor | None]
 
 
 def _mixed(name: str, samples: list[OrdinaryRan]) -> Tensor:
-    each = torch.stack([run.model.nodes[name]["fn"].log_prob(run.model.nodes[name]["value"]) for run in samples])
+    nodes: list[Any] = [run.model.nodes[name] for run in samples]
+    each = torch.stack([node["fn"].log_prob(node["value"]) for node in nodes])
     return each.logsumexp(0) - math.log(len(samples))
 
 
@@ -148,4 +149,5 @@ def _weight(site: Any) -> Tensor:
     weight = torch.as_tensor(site["scale"], device=value.device).to(like.dtype)
     if site["mask"] is not None:
         weight = weight * torch.as_tensor(site["mask"], device=value.device)
-    return weight.expand(fn.batch_shape)
+    # an enumerated site has dimensions that its observations have not
+    return weight.expand(value.shape[: value.dim() - len(fn.event_shape)])

@@ -24,7 +24,8 @@ def draw(call: Call, factor: float = 1.0) -> Trace:
 
 def starting_weights(trace: Trace) -> dict[str, Tensor]:
     """Return the weights that a :class:`~pyro_sam.BayesianModule` proposes to start at, by site."""
-    return {name: node["infer"]["init_value"] for name, node in trace.nodes.items() if _is_weight(node)}
+    nodes: Any = trace.nodes.items()
+    return {name: node["infer"]["init_value"] for name, node in nodes if _is_weight(node)}
 
 
 def contrast(call: Call, factor: float, num_draws: int = 8) -> float | None:

@@ -45,37 +45,43 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Data:
+    r"""The data term and its kin: minus log likelihoods in nats over the whole data set, as the plates scale it.
+
+    Attributes:
+        observations: Number of observations.
+        constant: Of the best distribution of the same family that is one for all observations; None where the family's
+            is not known, or with enumerated sites.
+        at_mean: :math:`-\log p(y \mid \mathrm{loc})`, of the mean network.
+        predictive: :math:`-\sum_n \log E_q\, p(y_n \mid w)`; None with enumerated sites.
+        at_samples: :math:`-E_q \log p(y \mid w)`, the ELBO's data term.
+        at_noise: At the noise that the law chooses.
+    """
+
+    observations: float
+    constant: float | None
+    at_mean: float
+    predictive: float | None
+    at_samples: float
+    at_noise: float
+
+
+@dataclass(frozen=True)
 class Diagnosis:
-    r"""What :func:`diagnose` found. ``str()`` of it is a page to read.
-
-    All numbers are nats over the whole data set, as the model's plates scale it. Data terms are minus log likelihoods:
-
-    ================== ===============================================================================
-    ``at_mean``        :math:`-\log p(y \mid \mathrm{loc})`, of the mean network
-    ``at_samples``     :math:`-E_q \log p(y \mid w)`, the ELBO's data term
-    ``at_noise``       at the noise that the law chooses
-    ``predictive``     :math:`-\sum_n \log E_q\, p(y_n \mid w)`; None for a model with enumerated sites
-    ``constant``       of the best distribution of the same family that is one for all observations; None where the
-                       family's is not known
-    ================== ===============================================================================
+    """What :func:`pyro_sam.diagnose` found. ``str()`` of it is a page to read.
 
     Attributes:
         sites: The latent sites.
-        observations: Number of observations; 0 where nothing is observed.
-        kl: KL of the guide from the prior, unweighted.
+        kl: KL of the guide from the prior in nats, unweighted.
         kl_weight: Its weight in the loss.
-        problems: The findings, none for a model that trains well.
+        data: The data term beside others; None where nothing is observed.
+        problems: The findings, none for a network that trains well.
     """
 
     sites: tuple[Site, ...]
-    observations: float
     kl: float
     kl_weight: float
-    at_mean: float | None
-    at_samples: float | None
-    at_noise: float | None
-    predictive: float | None
-    constant: float | None
+    data: Data | None
     problems: tuple[Problem, ...]
 
     def __str__(self) -> str:
@@ -91,20 +97,24 @@ class Diagnosis:
         return [head, *rows]
 
     def _terms(self) -> list[str]:
-        named = {
-            "best constant prediction": self.constant,
-            "mean network": self.at_mean,
-            "posterior predictive": self.predictive,
-            "samples, the ELBO's data term": self.at_samples,
-            "at the law's noise": self.at_noise,
-        }
-        n = self.observations
-        rows = [f"  {what:<30} {value / n:>10.4g}" for what, value in named.items() if value is not None and n]
         weight = f"KL {self.kl:.4g} nats, kl_weight={self.kl_weight:g}"
-        return [f"{weight}; minus log likelihood per observation, of {n:g}:", *rows] if rows else [weight]
+        if self.data is None:
+            return [weight]
+        n, named = self.data.observations, {label: getattr(self.data, name) for name, label in _LABELS.items()}
+        rows = [f"  {label:<30} {value / n:>10.4g}" for label, value in named.items() if value is not None]
+        return [f"{weight}; minus log likelihood per observation, of {n:g}:", *rows]
 
     def _findings(self) -> list[str]:
         return [f"- {problem}" for problem in self.problems] or ["Nothing looks wrong."]
+
+
+_LABELS = {
+    "constant": "best constant prediction",
+    "at_mean": "mean network",
+    "predictive": "posterior predictive",
+    "at_samples": "samples, the ELBO's data term",
+    "at_noise": "at the law's noise",
+}
 
 
 def _percent(share: float | None) -> str:

@@ -53,7 +53,8 @@ def _site(label: str, latents: Collection[str], noise: str | None, samples: list
     run = samples[0]
     kl = sum(_kl(run, latents, noise) for run in samples) / len(samples)
     if noise is None:
-        return Site(label, run.model.nodes[label]["value"].numel(), kl, None, None)
+        value: Any = run.model.nodes[label]["value"]
+        return Site(label, value.numel(), kl, None, None)
     site, each = run.guide.sites[noise], None
     if label in latents:
         each = elementwise_kl(site, run.guide.trace.nodes[label], run.model.nodes[label])
