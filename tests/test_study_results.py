@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,14 @@ def fake_train(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
     """Replaces training by a made-up run; what the returned dictionary holds for a method is raised instead."""
     failures: dict[str, BaseException] = {}
 
-    def train(dataset: Dataset, method: str, settings: Settings, seed: int, on_step: Any) -> Run:
+    def train(datasets: Mapping[int, Dataset], method: str, settings: Settings, on_step: Any) -> list[Run]:
         if method in failures:
             raise failures[method]
-        on_step(2, 0.25)
-        return a_run(method, seed)
+        for seed in datasets:
+            on_step(seed, 2, 0.25)
+        return [a_run(method, seed) for seed in datasets]
 
-    monkeypatch.setattr(compare_module, "train", train)
+    monkeypatch.setattr(compare_module, "train_together", train)
     return failures
 
 
@@ -106,7 +107,7 @@ def test_results_are_kept_after_every_run(tmp_path: Path, fake_train: dict[str, 
     methods = ["mfvi", "sam"]
     datasets = {seed: load("digits", seed) for seed in (0, 1)}
     compare(datasets, methods, SETTINGS, tmp_path, lambda *step: kept.append(len(stored(tmp_path)["runs"])))
-    assert kept == [0, 1, 2, 3]
+    assert kept == [0, 0, 2, 2]  # the seeds of a method are trained together
     assert len(stored(tmp_path)["runs"]) == 4
     assert total_gradients(datasets, methods, SETTINGS) == 4 * 60 * 23
 
@@ -286,3 +287,17 @@ def test_no_text_of_the_figure_is_clipped_or_covers_another(tmp_path: Path, monk
     assert len(boxes) > 20
     assert all(b.x0 >= whole.x0 and b.x1 <= whole.x1 and b.y0 >= whole.y0 and b.y1 <= whole.y1 for b in boxes)
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    names = [axes.xaxis.label.get_window_extent() for axes in kept[0].axes]
+    assert all(right.x0 - left.x1 > 40 for left, right in pairwise(names))
+
+
+def test_the_dots_of_seeds_do_not_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    kept: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: kept.append(self))
+    figure(results_of(*(a_run("sam", seed) for seed in range(5))), tmp_path)
+    dots, _ = kept[0].axes[0].lines
+    assert len(set(dots.get_xdata())) == 1  # the same value
+    assert len(set(dots.get_ydata())) == 5
+    assert max(abs(dots.get_ydata())) < 0.5  # in the method's own row

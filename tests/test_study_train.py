@@ -51,6 +51,21 @@ def test_the_fixed_scale_of_a_radius_makes_noise_of_that_length(name: str) -> No
     assert math.isclose(scale * torch.randn(10_000).norm(), 0.5, rel_tol=0.03)
 
 
+def test_seconds_leave_out_what_warms_up_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def clock() -> float:
+        nonlocal now, calls
+        calls += 1
+        if calls % 2 == 0:  # at the end of a step
+            now += 100.0 if calls == 2 else 2.0
+        return now
+
+    monkeypatch.setattr(train_module.time, "perf_counter", clock)
+    run = train(tiny(), "mfvi", TINY, 0)
+    assert run.seconds == 2.0 * run.steps
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_the_same_number_of_gradients(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
@@ -153,13 +168,13 @@ def test_a_value_that_pyros_checks_refuse_stops_as_well() -> None:
 
 
 def test_a_test_metric_that_is_not_finite_stops_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "evaluate", lambda *args: {"accuracy": 1.0, "nll": math.inf})
+    monkeypatch.setattr(train_module, "evaluate", lambda *args, **_: {"accuracy": 1.0, "nll": math.inf})
     with pytest.raises(Diverged, match="mfvi, seed 0, step 5: test nll is inf; last finite loss"):
         train(tiny(), "mfvi", TINY, 0)
 
 
 def test_a_network_that_training_left_without_a_prediction_stops_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError("Expected parameter logits:\nmore")
 
     monkeypatch.setattr(train_module, "evaluate", refuse)
@@ -211,3 +226,34 @@ def test_training_learns_digits() -> None:
     torch.set_default_dtype(torch.float32)
     run = train(load("digits"), "mfvi", Settings(epochs=10, curve_points=1), 0)
     assert run.metrics["accuracy"] > 0.94
+
+
+def test_each_seed_has_rows_and_weights_of_its_own() -> None:
+    datasets = {seed: tiny(rows=40) for seed in (5, 6)}
+    told: list[tuple[int, int]] = []
+    runs = train_module.train_together(datasets, "mfvi", TINY, lambda seed, cost, loss: told.append((seed, cost)))
+    assert [run.seed for run in runs] == [5, 6]
+    assert told[:4] == [(5, 1), (6, 1)] * 2
+    assert runs[0].metrics != runs[1].metrics
+    again = train_module.train_together(datasets, "mfvi", TINY)
+    assert [run.metrics for run in again] == [run.metrics for run in runs]
+
+
+def test_the_seed_that_diverges_is_named() -> None:
+    good, bad = tiny(), tiny()
+    bad = dataclasses.replace(bad, x_train=bad.x_train * math.nan)
+    with pytest.raises(Diverged, match="mfvi, seed 1, step"):
+        train_module.train_together({0: good, 1: bad, 2: good}, "mfvi", TINY)
+
+
+def test_seeds_together_are_as_good_as_seeds_apart() -> None:
+    """Digits, five seeds: the means of accuracy and NLL agree to their standard errors."""
+    torch.set_default_dtype(torch.float32)
+    settings = Settings(epochs=6, curve_points=1)
+    datasets = {seed: load("digits", seed) for seed in range(5)}
+    together = train_module.train_together(datasets, "mfvi", settings)
+    apart = [train(datasets[seed], "mfvi", settings, seed) for seed in datasets]
+    for metric in ("accuracy", "nll"):
+        a, b = (torch.tensor([run.metrics[metric] for run in runs]) for runs in (together, apart))
+        error = (a.var() / 5 + b.var() / 5).sqrt()
+        assert abs(a.mean() - b.mean()) < 4 * error

@@ -7,7 +7,7 @@ from pathlib import Path
 from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.results import Results
 from pyro_sam.study.settings import Settings
-from pyro_sam.study.train import Diverged, budget, train
+from pyro_sam.study.train import Diverged, budget, train_together
 
 OnStep = Callable[[str, int, int, float], None]
 
@@ -15,7 +15,7 @@ OnStep = Callable[[str, int, int, float], None]
 def compare(
     datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings, out: Path, on_step: OnStep
 ) -> Results:
-    """Train and test every method on every seed's split, and keep the results after each run.
+    """Train and test every method on every seed's split, all seeds of a method together, and keep the results of each.
 
     Args:
         datasets: The split of each seed.
@@ -31,20 +31,28 @@ def compare(
     """
     results = Results(datasets, methods, settings)
     results.save(out)  # what an earlier comparison left there must not pass for this one's
-    for seed, dataset in datasets.items():
-        for method in methods:
+    for method in methods:
+        for together in _of_one_size(datasets):
             try:
-                run = train(dataset, method, settings, seed, partial(on_step, method, seed))
+                runs = train_together(together, method, settings, partial(on_step, method))
             except Diverged as error:
                 results.stop(error)
             except KeyboardInterrupt:
-                results.interrupt(method, seed)
+                results.interrupt(method, next(iter(together)))
             else:
-                results.runs.append(run)
+                results.runs += runs
             results.save(out)
             if results.stopped is not None:
                 return results
     return results
+
+
+def _of_one_size(datasets: Mapping[int, Dataset]) -> list[dict[int, Dataset]]:
+    """Return the splits in groups that can be trained together."""
+    groups: dict[int, dict[int, Dataset]] = {}
+    for seed, dataset in datasets.items():
+        groups.setdefault(len(dataset.x_train), {})[seed] = dataset
+    return list(groups.values())
 
 
 def total_gradients(datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings) -> int:

@@ -17,7 +17,11 @@ METRICS: dict[str, dict[str, bool]] = {
 
 
 def evaluate(
-    model: Callable[..., Any], guide: Callable[..., Any], dataset: Dataset, num_samples: int
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    dataset: Dataset,
+    num_samples: int,
+    replica: int | None = None,
 ) -> dict[str, float]:
     """Return the metrics of the posterior predictive on the test rows.
 
@@ -30,10 +34,11 @@ def evaluate(
         guide: Its guide.
         dataset: Data on the model's device.
         num_samples: Weight samples.
+        replica: Which of the guide's replicas, if it has some.
     Returns:
         Value of each metric in :data:`METRICS`.
     """
-    predictive = ps.predict(model, guide, dataset.x_test, num_samples=num_samples, batch_size=_BATCH)
+    predictive = ps.predict(model, guide, dataset.x_test, num_samples=num_samples, batch_size=_BATCH, replica=replica)
     y = dataset.y_test
     if dataset.task == "classification":
         scores = (ps.metrics.accuracy, ps.metrics.nll, ps.metrics.ece, ps.metrics.brier)

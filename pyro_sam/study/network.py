@@ -1,12 +1,12 @@
 """The Bayesian network that every method trains."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 
 import pyro_sam as ps
@@ -14,14 +14,14 @@ from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.settings import Settings
 
 Model = Callable[..., Tensor]
-_INITIAL_NOISE = 0.5  # standard deviation of a regression's residuals, in standardised units
+_NOISE = 0.5  # median a priori of the standard deviation of a regression's residuals, in standardised units
 
 
 def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
     r"""Return the model of a data set, and its number of weights.
 
     A ReLU network with the prior :math:`N(0, \mathrm{prior\_std}^2 / \text{fan-in})`. The likelihood is Categorical, or
-    Normal with a standard deviation that is learnt as a parameter.
+    Normal with a standard deviation whose logarithm is a latent, a priori Normal around that of half the targets'.
 
     Args:
         dataset: Training data, on the device that the network is put on.
@@ -50,5 +50,5 @@ def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
 def _likelihood(dataset: Dataset, output: Tensor) -> dist.TorchDistribution:
     if dataset.task == "classification":
         return dist.Categorical(logits=output)
-    noise = pyro.param("noise_scale", output.new_tensor(_INITIAL_NOISE), constraint=constraints.positive)
-    return dist.Normal(output.squeeze(-1), noise)
+    log_noise = pyro.sample("log_noise", dist.Normal(output.new_tensor(math.log(_NOISE)), output.new_ones(())))
+    return dist.Normal(output.squeeze(-1), log_noise.exp())

@@ -1,9 +1,9 @@
-"""One run: one method, one seed, a fixed number of gradients, under Pyro's SVI."""
+"""Runs of one method, a fixed number of gradients each, under Pyro's SVI: one for each seed, as replicas."""
 
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyro_sam.study.settings import Settings
 _CURVE_SAMPLES = 8
 _FINAL_LR = 0.1  # share of the learning rate that is left at the end
 OnStep = Callable[[int, float], None]
+OnSeedsStep = Callable[[int, int, float], None]
 
 
 class Diverged(RuntimeError):
@@ -52,7 +53,8 @@ class Run:
         seed: Its seed.
         steps: Optimiser steps.
         gradients: Gradients that they took.
-        seconds: Time spent on the steps.
+        seconds: Time spent on the steps. The first one, which warms up the process and meets the model, counts as the
+            mean of the others.
         metrics: Test metrics of the trained guide.
         curve: Learning curve: gradients so far, mean loss of the steps since the last point, test metrics.
     """
@@ -73,66 +75,89 @@ def budget(num_rows: int, settings: Settings) -> int:
 
 
 def train(dataset: Dataset, method_name: str, settings: Settings, seed: int, on_step: OnStep | None = None) -> Run:
-    """Train and test one method.
+    """Train and test one method on one split; see :func:`train_together`."""
+    told = on_step or (lambda gradients, loss: None)
+    return train_together({seed: dataset}, method_name, settings, lambda _, gradients, loss: told(gradients, loss))[0]
+
+
+def train_together(
+    datasets: Mapping[int, Dataset], method_name: str, settings: Settings, on_step: OnSeedsStep | None = None
+) -> list[Run]:
+    """Train and test one method on the splits of several seeds, as replicas of one guide.
+
+    Each has rows, minibatches, initial weights and noise of its own.
 
     Args:
-        dataset: The split of this seed.
+        datasets: The split of each seed, all of one size.
         method_name: Name of the method.
         settings: Settings shared by all methods.
-        seed: Seeds the weights, the minibatches and the noise; equal seeds give equal runs on a CPU.
-        on_step: Called after each step with its gradients and its loss.
+        on_step: Called for each seed after each step with the seed, the step's gradients and the seed's loss.
     Returns:
-        The run.
+        The runs. The same seeds together give the same runs on a CPU: each seeds its minibatches, the first also the
+        weights and the noise.
     Raises:
         Diverged: If a loss, a gradient or a test metric is not finite.
     """
     method = METHODS[method_name]
-    dataset = dataset.to(torch.device(settings.device))
-    gradients = budget(len(dataset.x_train), settings)
-    run = Run(method.name, seed, steps=gradients // method.cost(settings), gradients=gradients)
-    pyro.set_rng_seed(seed)
+    datasets = {seed: dataset.to(torch.device(settings.device)) for seed, dataset in datasets.items()}
+    first, *_ = datasets
+    gradients = budget(len(datasets[first].x_train), settings)
+    runs = [Run(method.name, seed, gradients // method.cost(settings), gradients) for seed in datasets]
+    pyro.set_rng_seed(first)
     with pyro.get_param_store().scope(), warnings.catch_warnings():
         # the guard below reports it, with the step and the method
-        warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?inf)")
-        _learn(run, dataset, method, settings, on_step or (lambda gradients, loss: None))
-    return run
+        warnings.filterwarnings("ignore", message="Encountered (NaN|\\+?inf)|replica .* has values that")
+        _learn(runs, datasets, method, settings, on_step or (lambda seed, gradients, loss: None))
+    return runs
 
 
-def _learn(run: Run, dataset: Dataset, method: Method, settings: Settings, on_step: OnStep) -> None:
-    model, num_weights = bayesian_mlp(dataset, settings)
+def _learn(
+    runs: list[Run], datasets: Mapping[int, Dataset], method: Method, settings: Settings, on_step: OnSeedsStep
+) -> None:
+    splits = list(datasets.values())
+    model, num_weights = bayesian_mlp(splits[0], settings)
     scale = method.init_scale(settings, num_weights)
-    guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=method.guide == "learnt")
-    guide.initialize(dataset.x_train[:1], dataset.y_train[:1])
+    guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=method.guide == "learnt", num_replicas=len(splits))
+    guide.initialize(splits[0].x_train[:1], splits[0].y_train[:1])
     elbo = ps.SAM_ELBO(method.perturbation(settings), kl_weight=settings.kl_weight)
-    optimiser, guard = _cosine(settings.lr, run.steps), _Guard(elbo, run)
+    steps = runs[0].steps
+    optimiser, guard = _cosine(settings.lr, steps), _Guard(elbo, runs)
     svi = SVI(model, guide, optimiser, loss=elbo.loss, loss_and_grads=guard)
-
-    def measure(num_samples: int) -> dict[str, float]:
-        return guard.finite(lambda: _measure(model, guide, dataset, num_samples))
-
-    cost = run.gradients // run.steps
-    points = {round(k * run.steps / settings.curve_points) for k in range(1, settings.curve_points + 1)}
-    losses: list[float] = []
-    for step, rows in zip(range(1, run.steps + 1), _minibatches(dataset, settings, run.seed), strict=False):
+    cost = runs[0].gradients // steps
+    points = {round(k * steps / settings.curve_points) for k in range(1, settings.curve_points + 1)}
+    losses: list[list[float]] = []
+    times: list[float] = []
+    for step, rows in zip(range(1, steps + 1), _together(datasets, settings), strict=False):
         started = time.perf_counter()
-        losses.append(svi.step(*rows))
+        svi.step(*rows)
         optimiser.step()
-        run.seconds += time.perf_counter() - started
-        on_step(cost, losses[-1])
+        times.append(time.perf_counter() - started)
+        losses.append(guard.losses)
+        for run, loss in zip(runs, guard.losses, strict=True):
+            on_step(run.seed, cost, loss)
         if step in points:
-            loss = sum(losses) / len(losses)
-            run.curve.append({"gradients": step * cost, "loss": loss, **measure(_CURVE_SAMPLES)})
+            means = [sum(each) / len(losses) for each in zip(*losses, strict=True)]
+            for run, loss, metrics in zip(
+                runs, means, _measure(guard, model, guide, splits, _CURVE_SAMPLES), strict=True
+            ):
+                run.curve.append({"gradients": step * cost, "loss": loss, **metrics})
             losses.clear()
-    run.metrics = measure(settings.num_samples)
+    warm = times[1:] or times
+    for run, metrics in zip(runs, _measure(guard, model, guide, splits, settings.num_samples), strict=True):
+        run.seconds = sum(warm) / len(warm) * steps / len(runs)
+        run.metrics = metrics
 
 
 class _Guard:
-    """``loss_and_grads`` of an ELBO, stopped before the optimiser sees a number that is not finite."""
+    """``loss_and_grads`` of an ELBO, stopped before the optimiser sees a number that is not finite.
 
-    def __init__(self, elbo: ps.SAM_ELBO, run: Run) -> None:
-        self._elbo, self._run = elbo, run
-        self._step = 0
-        self._last: float | None = None
+    Attributes:
+        losses: The last good step's losses, a run each.
+    """
+
+    def __init__(self, elbo: ps.SAM_ELBO, runs: Sequence[Run]) -> None:
+        self._elbo, self._runs, self._step = elbo, runs, 0
+        self.losses: list[float] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> float:
         self._step += 1
@@ -140,46 +165,53 @@ class _Guard:
             loss = self._elbo.loss_and_grads(*args, **kwargs)
         except ValueError as error:
             # Pyro's own check met the number before the loss did
-            raise self._diverged(_first_line(error)) from error
-        bad = _bad_gradients() if math.isfinite(loss) else f"the loss is {loss}"
-        if bad:
-            raise self._diverged(bad)
-        self._last = loss
+            raise self.diverged(0, _first_line(error)) from error
+        losses: Any = self._elbo.replica_losses
+        values: list[float] = losses.tolist()
+        for r, value in enumerate(values):
+            if not math.isfinite(value):
+                raise self.diverged(r, f"the loss is {value}")
+        if bad := _bad_gradients():
+            raise self.diverged(*bad)
+        self.losses = values
         return loss
 
-    def finite(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Return the test metrics that ``measure`` gives, if the network at hand still has any."""
-        try:
-            metrics = measure()
-        except ValueError as error:
-            raise self._diverged(_first_line(error)) from error
-        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise self._diverged(f"test {bad[0]}")
-        return metrics
-
-    def _diverged(self, what: str) -> Diverged:
-        return Diverged(what, self._run.method, self._run.seed, self._step, self._last)
+    def diverged(self, r: int, what: str) -> Diverged:
+        """Return the error of a run."""
+        last = self.losses[r] if self.losses else None
+        return Diverged(what, self._runs[r].method, self._runs[r].seed, self._step, last)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(":.")
 
 
-def _bad_gradients() -> str:
-    """Return a sentence that names the gradients that are not finite; empty if all are."""
+def _bad_gradients() -> tuple[int, str] | None:
+    """Return the first run with gradients that are not finite, and a sentence that names them; None if all are."""
     gradients = {name: p.grad for name, p in pyro.get_param_store().named_parameters() if p.grad is not None}
-    if not gradients or torch.stack([grad.isfinite().all() for grad in gradients.values()]).all():
-        return ""
-    names = [name for name, grad in gradients.items() if not grad.isfinite().all()]
-    return f"the gradient of {', '.join(names)} is not finite"
+    good = {name: grad.isfinite().reshape(len(grad), -1).all(1) for name, grad in gradients.items()}
+    if not good or bool(torch.stack(list(good.values())).all()):
+        return None
+    r = min(int((~rows).nonzero()[0]) for rows in good.values() if not bool(rows.all()))
+    return r, f"the gradient of {', '.join(name for name, rows in good.items() if not rows[r])} is not finite"
 
 
-def _measure(model: Model, guide: ps.MeanFieldNormal, dataset: Dataset, num_samples: int) -> dict[str, float]:
+def _measure(
+    guard: _Guard, model: Model, guide: ps.MeanFieldNormal, splits: Sequence[Dataset], num_samples: int
+) -> Iterator[dict[str, float]]:
+    """Yield each run's test metrics; they raise where the network at hand has none."""
     # apart from the training's random stream: looking more often must not change the run
-    devices = [dataset.x_test.device] if dataset.x_test.is_cuda else []
-    with torch.random.fork_rng(devices):
-        return evaluate(model, guide, dataset, num_samples)
+    devices = [splits[0].x_test.device] if splits[0].x_test.is_cuda else []
+    for r, dataset in enumerate(splits):
+        try:
+            with torch.random.fork_rng(devices):
+                metrics = evaluate(model, guide, dataset, num_samples, replica=r)
+        except ValueError as error:
+            raise guard.diverged(r, _first_line(error)) from error
+        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise guard.diverged(r, f"test {bad[0]}")
+        yield metrics
 
 
 def _cosine(lr: float, steps: int) -> PyroLRScheduler:
@@ -188,6 +220,14 @@ def _cosine(lr: float, steps: int) -> PyroLRScheduler:
 
     arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "lr_lambda": share}
     return PyroLRScheduler(torch.optim.lr_scheduler.LambdaLR, arguments)
+
+
+def _together(datasets: Mapping[int, Dataset], settings: Settings) -> Iterator[tuple[Any, Any]]:
+    """Yield a minibatch of each seed's for ever, side by side."""
+    streams = [_minibatches(dataset, settings, seed) for seed, dataset in datasets.items()]
+    for batches in zip(*streams, strict=True):
+        x, y = (torch.stack(each) for each in zip(*batches, strict=True))
+        yield ps.per_replica(x), ps.per_replica(y)
 
 
 def _minibatches(dataset: Dataset, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
