@@ -31,7 +31,7 @@ LAWS = {"AscendedSample": ps.AscendedSample(), "Gaussian": ps.Gaussian()}
 
 @dataclass(frozen=True)
 class Row:
-    """A case's figure: the time of a step of R replicas over R times that of a single guide, with its 10th and 90th percentile."""
+    """A case's figure: the time of a step of R replicas over R times that of a single guide, and percentiles."""
 
     case: str
     law: str
