@@ -26,6 +26,7 @@ from pyro_sam._graph.draws import CannotCapture, NoReading, Operations
 from pyro_sam._graph.recurrent import with_recurrent_layers
 from pyro_sam._step.call import Call
 from pyro_sam._step.dependence import graph_of
+from pyro_sam._step.memory import PreviousGradients
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def capture(
     call: Call,
     first: Callable[[], None],
     step: Callable[..., tuple[Any, Tensor | None]],
-    state: Callable[[], list[Tensor]],
+    memory: Callable[[], PreviousGradients | None],
     inputs: Sequence[Tensor],
 ) -> Captured:
     """Capture a step.
@@ -66,14 +67,14 @@ def capture(
         first: Takes the step in the ordinary way. What it and the capture write to is put back: buffers, state and
             random streams.
         step: Maps the inputs to the loss with its graph, and whether the values pass torch's checks (None: not asked).
-        state: Tells, after ``first``, which tensors a step writes to besides buffers.
+        memory: Tells, after ``first``, which averages a step writes to.
         inputs: Tensors that change from step to step.
     Raises:
         CannotCapture: If the step reads values of tensors, or a module replaces a buffer.
     """
     streams = Streams(own=call.streams.own)
     streams = Streams(own=call.streams.own)
-    here, memory = RandomState.capture(streams), _Kept(state())
+    here, averages = RandomState.capture(streams), _averages(memory())
     with rewound(here, streams):
         with kept_buffers(call.modules), poutine.trace(param_only=True) as seen, called_modules() as modules:
             first()
@@ -109,7 +110,7 @@ def capture(
             _say_if_it_does_not_pay(runnable, taken, inputs)
     finally:
         written.put_back()
-        memory.put_back(state())
+        _put_back(memory(), averages)
     leaves = {id(leaf): leaf for leaf in (*targets, *statements.values())}
     for module in modules:
         leaves.update((id(leaf), leaf) for leaf in module.parameters(recurse=False))
@@ -122,14 +123,25 @@ class _Kept:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._before = [(tensor, tensor.clone()) for tensor in tensors]
 
-    def put_back(self, made_since: Sequence[Tensor] = ()) -> None:
-        """Put back all values; averages that were not there before are zero."""
-        known = {id(tensor) for tensor, _ in self._before}
-        for tensor in made_since:
-            if id(tensor) not in known:
-                tensor.data.zero_()
+    def put_back(self) -> None:
+        """Put back all values."""
         for tensor, value in self._before:
             tensor.data.copy_(value)
+
+
+def _averages(memory: PreviousGradients | None) -> list[tuple[Tensor, Tensor]]:
+    return [] if memory is None else [(tensor, tensor.clone()) for tensor in memory.tensors()]
+
+
+def _put_back(memory: PreviousGradients | None, before: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Put averages back; those that were made since are as they were made, of a loaded state, say."""
+    if memory is None:
+        return
+    known = {id(tensor) for tensor, _ in before}
+    if not all(id(tensor) in known for tensor in memory.tensors()):
+        memory.begin_again()
+    for tensor, value in before:
+        tensor.copy_(value)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -161,7 +161,7 @@ def replayed(
 
         try:
             _refuse(form, leaves)
-            captured = capture(call, first, fill, lambda: _state(pair), inputs)
+            captured = capture(call, first, fill, lambda: pair.memory, inputs)
         except CannotCapture as reason:
             log.warning("compile=True: the step is not compiled, because %s.", reason)
             form.refused = True

@@ -57,6 +57,7 @@ class PreviousGradients:
         self._known = {name: average.detach().clone() for name, average in (state or {}).items()}
         self._layout: Layout | None = None
         self._vector: Tensor | None = None
+        self._began: Tensor | None = None  # the vector as it was made, if it was not zero
 
     def recall(self, layout: Layout, like: Tensor) -> Tensor:
         """Return the average itself, shape ``(P, d)``; zero for a site that is new or has another shape.
@@ -75,12 +76,18 @@ class PreviousGradients:
             ]
             flat = [part.reshape(layout.num_particles, -1).to(like) for part in parts]
             self._known, self._layout, self._vector = {}, layout, torch.cat(flat, -1)
+            self._began = self._vector.clone() if known else None
             return self._vector
         return vector
 
     def tensors(self) -> list[Tensor]:
         """Return what it writes to."""
         return [] if self._vector is None else [self._vector]
+
+    def begin_again(self) -> None:
+        """Put back what the average was before the first gradient was added to it."""
+        if self._vector is not None:
+            self._vector.zero_() if self._began is None else self._vector.copy_(self._began)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages by site."""

@@ -99,8 +99,10 @@ def _watched(
 
     def rewind() -> None:
         start.restore()
-        for i, tensor in enumerate(_memory(pair)):
-            tensor.copy_(memory[i]) if memory else tensor.zero_()
+        if pair.memory is not None and not memory:
+            pair.memory.begin_again()
+        for tensor, value in zip(_memory(pair), memory, strict=False):
+            tensor.copy_(value)
 
     seen = Surroundings(call.model, call.guide)
     with _silent(), kept_buffers(call.modules):
