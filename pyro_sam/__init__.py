@@ -5,6 +5,7 @@ import sys as _sys
 from pyro_sam import arviz, flatness, metrics, nn, optim, plots
 from pyro_sam._base.replicas import per_replica
 from pyro_sam._flat import vectors as _vectors
+from pyro_sam.diagnosis import Diagnosis, diagnose
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.guide import MeanFieldNormal, SAMRadius
 from pyro_sam.nn import BayesianModule
@@ -33,6 +34,7 @@ __all__ = [
     "AscendedSample",
     "BayesianModule",
     "Checkpoint",
+    "Diagnosis",
     "EarlyStopping",
     "Gaussian",
     "Mean",
@@ -48,6 +50,7 @@ __all__ = [
     "arviz",
     "checkpoint",
     "default_space",
+    "diagnose",
     "fit",
     "flatness",
     "metrics",

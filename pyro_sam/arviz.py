@@ -15,6 +15,8 @@ from pyro_sam._step.loss import latent_sites
 from pyro_sam.predictive.prediction import Prediction
 from pyro_sam.predictive.streaming import check_pair, predict
 
+__all__ = ["to_dict", "to_inference_data"]
+
 Groups = dict[str, dict[str, Any]]
 
 

@@ -18,6 +18,8 @@ from pyro_sam._base.arguments import non_negative, positive_int
 from pyro_sam.perturbation import unit
 from pyro_sam.predictive.landscape import Landscape, Space
 
+__all__ = ["average_sharpness", "hessian_eigenvalues", "hessian_trace", "sharpness"]
+
 
 def sharpness(
     model: Callable[..., Any],

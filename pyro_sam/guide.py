@@ -3,6 +3,7 @@ r"""The mean-field Normal guide, with plain Normal sites so that the KL is in cl
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
-from pyro_sam._base.arguments import flag, function, positive_int
+from pyro_sam._base.arguments import flag, function, positive, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.fresh import fresh_weights
@@ -27,6 +28,8 @@ from pyro_sam._base.replicas import mark, of_replica
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
 from pyro_sam._step.enumeration import is_marked
+
+__all__ = ["MeanFieldNormal", "SAMRadius", "init_to_value_or_feasible"]
 
 
 def init_to_value_or_feasible(site: Any = None) -> Any:
@@ -38,6 +41,29 @@ def init_to_value_or_feasible(site: Any = None) -> Any:
         return init_to_value_or_feasible
     value = (site["infer"] or {}).get("init_value")
     return init_to_feasible(site) if value is None else value.detach().clone()
+
+
+@dataclass(frozen=True)
+class SAMRadius:
+    r"""Initial scale of a guide in SAM's units: Gaussian noise then moves all latents together by ``radius``.
+
+    .. math:: \mathrm{scale} = r / \sqrt d
+
+    d is the number of the guide's latent scalars. Noise of length :math:`\sqrt d` moves them by r: that of
+    :class:`~pyro_sam.MixSAM` with its default ``rho=None`` exactly, that of :class:`~pyro_sam.Gaussian` (RandomSAM) to a
+    share of about :math:`1 / \sqrt{2d}`. Sites that ``SAM_ELBO(hide=...)`` leaves out are counted too.
+
+    Args:
+        radius: r, in the units of the (unconstrained) latents, positive; SAM's are 0.05 to 0.2.
+    Raises:
+        ValueError: If ``radius`` is not positive and finite.
+    """
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        positive("radius", self.radius)
 
 
 class MeanFieldNormal(AutoNormal):
@@ -62,7 +88,8 @@ class MeanFieldNormal(AutoNormal):
         model: Pyro model.
         init_loc_fn: Pyro initialisation of the locs per site; by default the weights of a
             :class:`~pyro_sam.BayesianModule`, and a feasible point elsewhere.
-        init_scale: Initial standard deviation in unconstrained units: a positive number, or a callable from the site
+        init_scale: Initial standard deviation in unconstrained units: a positive number; a :class:`~pyro_sam.SAMRadius`
+            for one in the units of SAM's radius; or a callable from the site
             (Pyro's message: ``site["name"]``, ``site["fn"]``, ``site["value"]``) to a number or a tensor that
             broadcasts to the site's loc.
         learn_scale: Whether scale is a parameter; otherwise it stays at ``init_scale``, as a buffer.
@@ -78,7 +105,7 @@ class MeanFieldNormal(AutoNormal):
         model: Callable[..., Any],
         *,
         init_loc_fn: Callable[..., Any] = init_to_value_or_feasible,
-        init_scale: float | Callable[[Any], float | Tensor] = 0.1,
+        init_scale: float | SAMRadius | Callable[[Any], float | Tensor] = 0.1,
         learn_scale: bool = True,
         create_plates: Callable[..., Any] | None = None,
         num_replicas: int | None = None,
@@ -93,7 +120,7 @@ class MeanFieldNormal(AutoNormal):
         # a site that is summed out is not the guide's
         continuous = poutine.block(model, hide_fn=is_marked)
         super().__init__(continuous, init_loc_fn=init_loc_fn, create_plates=create_plates)
-        if isinstance(init_scale, type) or not callable(init_scale):
+        if isinstance(init_scale, type) or not (callable(init_scale) or isinstance(init_scale, SAMRadius)):
             _check_init_scale(init_scale, "")
         self.init_scale = init_scale
         self.learn_scale = learn_scale
@@ -293,6 +320,9 @@ class MeanFieldNormal(AutoNormal):
 
     def _initial_scale(self, site: Any, loc: Tensor) -> Tensor:
         scale = self.init_scale(site) if callable(self.init_scale) else self.init_scale
+        if isinstance(scale, SAMRadius):
+            number = sum(each.numel() for each in self._locs().values()) // (self.num_replicas or 1)
+            scale = scale.radius / math.sqrt(number)
         where = f" at site '{site['name']}'"
         if not isinstance(scale, Tensor):
             _check_init_scale(scale, where)

@@ -14,6 +14,8 @@ from pyro_sam._base.cures import value_range
 from pyro_sam._step.sites import unwrap
 from pyro_sam.predictive.prediction import Prediction
 
+__all__ = ["accuracy", "auroc_ood", "brier", "ece", "interval_coverage", "nll", "rmse"]
+
 
 def accuracy(prediction: Prediction | Tensor, y: Tensor) -> float:
     """Return the share of data points whose most probable class is the right one.

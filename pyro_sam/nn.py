@@ -27,6 +27,8 @@ from pyro_sam._flat.recorder import Recorder, lone_recorder
 from pyro_sam._flat.weights import Weights
 from pyro_sam._step.dependence import tensors_of
 
+__all__ = ["BayesianModule", "FanInNormal", "fan_in_normal", "init_to_module"]
+
 
 class BayesianModule(PyroModule):
     r"""Run a network with weights sampled from their priors.

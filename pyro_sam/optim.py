@@ -31,6 +31,8 @@ from pyro_sam._base.torch_optimisers import (
     unchanged_on_error,
 )
 
+__all__ = ["JointOptim"]
+
 Interval = Literal["step", "epoch"]
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pyro_sam._base.arguments import PerReplica, finite, non_negative, one_of, per_replica
 
+__all__ = ["Adversarial", "AscendedSample", "Gaussian", "Mean", "MixSAM", "Mixture", "NoiseSpace", "Perturbation"]
+
 Geometry = Literal["posterior", "euclidean", "adaptive", "fisher"]
 GEOMETRIES: tuple[str, ...] = ("posterior", "euclidean", "adaptive", "fisher")
 

@@ -15,12 +15,16 @@ from pyro_sam.perturbation import unit
 from pyro_sam.predictive.landscape import Landscape
 from pyro_sam.predictive.prediction import Prediction
 
+__all__ = ["loss_slice", "regression_bands", "reliability_diagram", "training_curves"]
 
-def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] = ("loss",), *, ax: Any = None) -> Any:
+_LIGHT = (1.0, 0.8, 0.5)  # of orange
+
+
+def training_curves(history: Mapping[str, Sequence[Any]], keys: Sequence[str] = ("loss",), *, ax: Any = None) -> Any:
     """Draw what :func:`pyro_sam.fit` wrote down, over the course of training.
 
     Args:
-        history: Values by name, one for each epoch.
+        history: Values by name, one for each epoch; with replicas a list for each epoch, which give a line each.
         keys: Names of the curves to draw.
         ax: Axes to draw on; None for new ones.
     Returns:
@@ -38,23 +42,23 @@ def training_curves(history: Mapping[str, Sequence[float]], keys: Sequence[str] 
     if unknown or not keys:
         raise ValueError(f"keys must name parts of the history, {', '.join(map(str, history))}, got {keys}.")
     ax = _axes(ax)
-    for key in keys:
+    for k, key in enumerate(keys):
         values = list(history[key])
         # few points would hide between the line's ends
-        ax.plot(range(1, len(values) + 1), values, label=key, marker="o" if len(values) <= 20 else None, markersize=3)
-    ax.set_xlabel("epoch")
+        marker = "o" if len(values) <= 20 else None
+        first, *_ = ax.plot(range(1, len(values) + 1), values, marker=marker, markersize=3, color=f"C{k}")
+        first.set_label(key)
+    ax.set(xlabel="epoch", ylabel=", ".join(keys))
     ax.locator_params(axis="x", integer=True)
     if len(keys) > 1:
         ax.legend(frameon=False)
-    else:
-        ax.set_ylabel(keys[0])
     return ax
 
 
 def reliability_diagram(prediction: Prediction | Tensor, y: Tensor, *, num_bins: int = 15, ax: Any = None) -> Any:
     """Draw how often the most probable class is right, against how probable it was said to be.
 
-    Bars show the accuracy in each bin of confidence, with the gap to the bin's mean confidence hatched: its area,
+    Bars show the accuracy in each bin of confidence, and lighter ones the gap to the bin's mean confidence: its size,
     weighted by the bins' shares of the data (the narrow bars), is the expected calibration error.
 
     Args:
@@ -80,13 +84,14 @@ def reliability_diagram(prediction: Prediction | Tensor, y: Tensor, *, num_bins:
     right, said = _array(accuracy), _array(claimed)
     ax = _axes(ax)
     middle, width = ((torch.arange(num_bins)[seen] + 0.5) / num_bins).numpy(), 1 / num_bins
-    ax.bar(middle, right, width, color="C0", alpha=0.6, edgecolor="white", label="accuracy")
-    gap = {"facecolor": "none", "edgecolor": "C3", "hatch": "///", "linewidth": 0.8}
-    ax.bar(middle, said - right, 0.9 * width, bottom=right, label=f"gap (ECE {ece:.3f})", **gap)
-    ax.bar(middle, _array(share), 0.25 * width, color="0.2", label="share of the data")
+    # dark, light and black: three shades on paper too
+    ax.bar(middle, right, width, color="C0", alpha=0.8, edgecolor="white", label="accuracy")
+    gap = {"facecolor": (*_LIGHT, 0.6), "edgecolor": "C1", "linewidth": 0.8}
+    ax.bar(middle, said - right, 0.8 * width, bottom=right, label=f"gap (ECE {ece:.3f})", **gap)
+    ax.bar(middle, _array(share), 0.25 * width, color="black", edgecolor="white", label="share of the data")
     ax.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return ax
 
 
@@ -128,13 +133,13 @@ def loss_slice(
 
 
 def regression_bands(
-    x: Tensor, prediction: Prediction, *, levels: Sequence[float] = (0.5, 0.95), data: Any = None, ax: Any = None
+    prediction: Prediction, x: Tensor, *, levels: Sequence[float] = (0.5, 0.95), data: Any = None, ax: Any = None
 ) -> Any:
     """Draw the predictive mean over one input, with central predictive intervals.
 
     Args:
-        x: Inputs that were predicted at, shape ``(N,)`` or ``(N, 1)``, in any order.
         prediction: Prediction at ``x`` of a real observation.
+        x: Inputs that were predicted at, shape ``(N,)`` or ``(N, 1)``, in any order.
         levels: Probabilities of the intervals. Where the likelihood has no quantile function they are those of
             draws, so take many posterior samples.
         data: Pair of inputs and observations to draw as dots; None for no dots.
@@ -146,7 +151,9 @@ def regression_bands(
         ImportError: If matplotlib is missing.
     """
     if not isinstance(prediction, Prediction):
-        raise ValueError(f"prediction must be a Prediction, of predict at x, got a {type(prediction).__name__}.")
+        raise ValueError(
+            f"prediction, which comes first, must be a Prediction, of predict at x, got a {type(prediction).__name__}."
+        )
     mean = prediction.mean
     if not isinstance(x, Tensor) or mean.dim() != 1 or x.numel() != len(mean):
         given = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"

@@ -18,6 +18,7 @@ _TITLES = {
     "log_likelihood": "test log likelihood per point",
 }
 _SHOWN = {"classification": ("accuracy", "nll"), "regression": ("rmse", "log_likelihood")}
+_SPREAD = 0.6  # of the room between two methods, for the dots of one
 _CURVE = {"classification": "nll", "regression": "log_likelihood"}
 
 
@@ -45,7 +46,11 @@ def _cell(moments: Moments) -> str:
 
 
 def figure(results: Results, out: Path) -> Path:
-    """Draw test metrics per method (a dot per seed, a bar at the mean) and learning curves; return the file."""
+    """Draw test metrics per method (a dot per seed at its own height, a bar at the mean) and learning curves.
+
+    Returns:
+        The file.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,7 +78,8 @@ def _count(results: Results) -> str:
 def _dots(axes: "Axes", results: Results, metric: str, colors: dict[str, Any]) -> None:
     for row, (method, color) in enumerate(colors.items()):
         values = results.values(method, metric)
-        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.6, markersize=6)
+        heights = [row + (k - (len(values) - 1) / 2) * _SPREAD / len(values) for k in range(len(values))]
+        axes.plot(values, heights, "o", color=color, alpha=0.7, markersize=5)
         axes.plot(sum(values) / len(values), row, "|", color=color, markersize=20, markeredgewidth=2.5)
     axes.set_yticks(range(len(colors)), list(colors))
     axes.set_ylim(len(colors) - 0.4, -0.6)  # the first method on top
@@ -81,7 +87,7 @@ def _dots(axes: "Axes", results: Results, metric: str, colors: dict[str, Any]) -
     axes.margins(x=0.1)
     axes.grid(axis="x", alpha=0.3)
     arrow = "higher" if METRICS[results.task][metric] else "lower"
-    axes.set_xlabel(f"{_TITLES[metric]} ({arrow} is better)")
+    axes.set_xlabel(f"{_TITLES[metric]}\n({arrow} is better)")
 
 
 def _curves(axes: "Axes", results: Results, colors: dict[str, Any]) -> None:
