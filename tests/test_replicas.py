@@ -380,6 +380,29 @@ def test_where_no_replica_is_good_the_error_is_the_ordinary_one() -> None:
         svi.step(X, LABELS + 7)
 
 
+def test_a_prior_that_comes_to_depend_on_a_latent_is_seen(noise: Noise) -> None:
+    """Same sites, same distributions: only the graph of the step tells."""
+    knobs = {"tied": False}
+
+    def model(x: Tensor, y: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(torch.zeros(()), 1.0))
+        w = pyro.sample("w", dist.Normal(m.expand(4) if knobs["tied"] else torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+    guide = ps.MeanFieldNormal(model, init_scale=0.3, num_replicas=R).initialize(X, TARGETS)
+    fast, right = (ps.SAM_ELBO(ps.Adversarial(NUMBERS), fast=fast) for fast in (True, False))
+    for tied in (False, False, True, False, True):
+        knobs["tied"] = tied
+        noise.start(None)
+        loss, found = gradients(fast, model, guide, X, TARGETS)
+        noise.start(None)
+        right_loss, wanted = gradients(right, model, guide, X, TARGETS)
+        assert loss == pytest.approx(right_loss, rel=1e-12)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-12)
+
+
 # Where they start, and what becomes of one of them
 
 
