@@ -1,0 +1,71 @@
+"""What a study has found so far: one JSON line for each finished run, and who is at work on what."""
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_RUNS = "runs.jsonl"
+
+
+class Records:
+    """The files of a study, shared by its processes.
+
+    Args:
+        out: Folder; it is made if need be.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        for folder in (out / "tuning", out / "busy"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the finished runs; the end of a line that was being written at a kill is left out."""
+        path = self.out / _RUNS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        rows = [row for line in lines if (row := _row(line)) is not None]
+        return list({(row["data"], row["method"], row["seed"]): row for row in rows}.values())
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append runs in one piece."""
+        path = self.out / _RUNS
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            broken = file.tell() and path.read_bytes()[-1:] != b"\n"
+            text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+            file.write((("\n" if broken else "") + text).encode())
+
+    def tuning(self, data: str, method: str) -> Path:
+        """Return the file of the search of a method on a data set."""
+        return self.out / "tuning" / f"{data}.{method}.log"
+
+    @contextmanager
+    def claim(self, data: str, method: str) -> Iterator[bool]:
+        """Take a task, unless another process is at it; the claim ends with the process, however that ends."""
+        with (self.out / "busy" / f"{data}.{method}").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _row(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,47 @@
+"""How large a study is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size.
+
+    Args:
+        gradients: Share of a data set's budget of gradients.
+        trials: Tuning trials of a method on a data set.
+        max_replicas: Trials side by side.
+        finalists: Settings that are trained again on every tuning split; the best mean validation NLL is chosen.
+        tuning_seeds: Number of tuning splits.
+        seeds: Number of runs after tuning, each on a split of its own.
+        num_samples: Weight samples of a prediction.
+        points: Points of a learning curve.
+        test_rows: Largest number of test rows.
+        data: Data sets, by default.
+    """
+
+    gradients: float = 1.0
+    trials: int = 32
+    max_replicas: int = 32
+    finalists: int = 5
+    tuning_seeds: int = 3
+    seeds: int = 8
+    num_samples: int = 64
+    points: int = 6
+    test_rows: int = 2000
+    data: tuple[str, ...] = ("digits-120", "breast-cancer", "diabetes", "digits")
+
+
+SIZES = {
+    "quick": Size(gradients=0.2, trials=8, finalists=2, seeds=5, points=3, data=("digits-120",)),
+    "normal": Size(),
+    "paper": Size(
+        gradients=5.0,
+        trials=128,
+        seeds=20,
+        num_samples=256,
+        points=20,
+        test_rows=10_000,
+        data=("digits-120", "breast-cancer", "diabetes", "digits", "mnist-5k", "mnist-800", "yacht", "energy", "concrete"),
+    ),
+}

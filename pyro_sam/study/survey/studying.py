@@ -1,0 +1,108 @@
+"""The study itself: every method on every data set, each chosen and run once, by whichever process comes first."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_sam.study.survey.choosing import choose
+from pyro_sam.study.survey.flat import flatness
+from pyro_sam.study.survey.methods import METHODS, Method
+from pyro_sam.study.survey.problems import SOURCES, Draws
+from pyro_sam.study.survey.records import Records
+from pyro_sam.study.survey.sizes import Size
+from pyro_sam.study.survey.training import Outcome, Task, train
+
+Say = Callable[[str], None]
+_POLL = 1.0  # seconds between looks at what other processes do
+
+
+def study(
+    data: Sequence[str], methods: Sequence[str], size: Size, records: Records, data_dir: Path | None, say: Say
+) -> None:
+    """Do what is left of a study; return when all of it is done, by whomever.
+
+    Args:
+        data: Names of the data sets.
+        methods: Names of the methods.
+        size: How large.
+        records: Where the runs are kept.
+        data_dir: Folder with data files.
+        say: Called with a line for each task that is done.
+    Raises:
+        DataError: If a data set cannot be had.
+    """
+    tasks = [(each, method) for each in data for method in _with_models(methods)]
+    while left := [task for task in tasks if not _is_done(records, *task, size)]:
+        worked = [_attempt(records, *task, size, data_dir, say) for task in left]
+        if not any(worked):
+            time.sleep(_POLL)
+
+
+def _with_models(methods: Sequence[str]) -> list[str]:
+    """Return methods that are tuned before those that take their settings."""
+    models = [METHODS[name].like for name in methods]
+    names = dict.fromkeys([*(each for each in models if each), *methods])
+    return sorted(names, key=lambda name: METHODS[name].like is not None)
+
+
+def _is_done(records: Records, data: str, method: str, size: Size) -> bool:
+    seeds = {row["seed"] for row in records.read() if (row["data"], row["method"]) == (data, method)}
+    return seeds >= set(range(size.seeds))
+
+
+def _attempt(records: Records, data: str, method: str, size: Size, data_dir: Path | None, say: Say) -> bool:
+    """Do a task, unless it is done or under way, or waits for another; return whether that was so."""
+    with records.claim(data, method) as mine:
+        if not mine or _is_done(records, data, method, size):
+            return False
+        began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows)
+        try:
+            chosen = _settings(records, draws, METHODS[method], size)
+            if chosen is None:
+                return False
+            records.add(_run(draws, METHODS[method], size, *chosen))
+        except ValueError as error:  # no settings of it can be trained here: that is a result too
+            about = {"data": data, "method": method, "failed": str(error)}
+            records.add([{**about, "seed": seed} for seed in range(size.seeds)])
+            say(f"{data}, {method}: failed: {error}")
+            return True
+        say(f"{data}, {method}: {time.monotonic() - began:.0f} s")
+        return True
+
+
+def _settings(records: Records, draws: Draws, method: Method, size: Size) -> tuple[dict[str, float], float] | None:
+    data = draws.source.name
+    if method.like is None:
+        task = Task(method, draws.source, _gradients(draws, size))
+        return choose(task, draws.tuning(size.tuning_seeds), size, records.tuning(data, method.name))
+    rows = [row for row in records.read() if (row["data"], row["method"]) == (data, method.like)]
+    return (rows[0]["settings"], rows[0]["validation"]) if rows and "settings" in rows[0] else None
+
+
+def _gradients(draws: Draws, size: Size) -> int:
+    return max(1, round(draws.source.gradients * size.gradients))
+
+
+def _run(draws: Draws, method: Method, size: Size, settings: dict[str, float], validation: float) -> list[dict[str, Any]]:
+    """Return the records of a run for each seed."""
+    members = method.members
+    task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members))
+    flat: list[dict[str, float]] = []
+    problems = draws.final(size.seeds)
+    outcomes = train(
+        task,
+        [settings] * size.seeds,
+        problems,
+        num_samples=size.num_samples,
+        points=size.points,
+        seed=2,
+        look=lambda svi: flat.extend(flatness(svi, problems, members)),
+    )
+    about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
+    about |= {"gradients": task.gradients * members}
+    return [{**about, "seed": k, **_fields(outcome), "flat": flat[k]} for k, outcome in enumerate(outcomes)]
+
+
+def _fields(outcome: Outcome) -> dict[str, Any]:
+    return {name: getattr(outcome, name) for name in ("metrics", "at_mean", "curve", "seconds")}

@@ -1,0 +1,240 @@
+"""Replicas of one method trained at equal gradients, and what they predict."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from time import process_time
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import pyro_sam as ps
+from pyro_sam.study.survey.methods import Method, Numbers
+from pyro_sam.study.survey.problems import Problem, Source
+
+_CURVE_SAMPLES = 32
+_FINAL_LR = 0.02  # share of the learning rate that is left at the end
+
+
+@dataclass(frozen=True)
+class Task:
+    """A method on a data set, with a budget.
+
+    Args:
+        method: The method.
+        source: The data set.
+        gradients: Gradients of a network of a run.
+    """
+
+    method: Method
+    source: Source
+    gradients: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run."""
+        return max(1, round(self.gradients / self.method.cost))
+
+    def svi(self, numbers: Numbers, problem: Problem) -> SVI:
+        """Return an SVI over R replicas.
+
+        Args:
+            numbers: Settings by name, R numbers each.
+            problem: Tells the sizes.
+        """
+        model, num_weights = network(self.source, problem)
+        guide = self.method.posterior(model, num_weights, numbers)
+        optim = ps.optim.JointOptim(
+            torch.optim.Adam, {"lr": numbers["lr"]}, scheduler=self._cosine, scheduler_interval="step"
+        )
+        return SVI(model, guide, optim, self.method.estimator(numbers))
+
+    def _cosine(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        def share(step: int) -> float:
+            return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
+
+        return LambdaLR(optimizer, share)
+
+
+def network(source: Source, problem: Problem) -> tuple[Callable[..., Tensor], int]:
+    """Return the Bayesian ReLU network of a data set, and its number of weights."""
+    widths = (problem.x.shape[1], *source.hidden, source.num_classes or 1)
+    layers = [layer for sizes in pairwise(widths) for layer in (torch.nn.Linear(*sizes), torch.nn.ReLU())]
+    net = torch.nn.Sequential(*layers[:-1])
+    bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal(1.0))
+    num_rows = len(problem.x)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        output = bnn(x)
+        if source.task == "classification":
+            likelihood: Any = dist.Categorical(logits=output)
+        else:
+            log_noise = pyro.sample("log_noise", dist.Normal(output.new_tensor(math.log(0.5)), output.new_ones(())))
+            likelihood = dist.Normal(output.squeeze(-1), log_noise.exp())
+        with pyro.plate("data", len(x) if y is None else num_rows, subsample_size=len(x)):
+            observed: Tensor = pyro.sample("obs", likelihood, obs=y)
+        return observed
+
+    return model, sum(parameter.numel() for parameter in net.parameters())
+
+
+class Minibatches:
+    """Minibatches of one problem, the same at each look; a tuning trial is one epoch of them.
+
+    Args:
+        problem: Where the rows come from.
+        batch_size: Rows in a minibatch.
+        steps: Number of minibatches.
+        seed: Decides the order.
+    """
+
+    def __init__(self, problem: Problem, batch_size: int, steps: int, seed: int) -> None:
+        self._problem, self._batch_size, self._steps, self._seed = problem, batch_size, steps, seed
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in islice(_orders(len(self._problem.x), self._batch_size, self._seed), self._steps):
+            yield self._problem.x[rows], self._problem.y[rows]
+
+
+def _orders(num_rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(num_rows, generator=generator)
+        # a short last batch would make the steps of a pass unlike
+        yield from order[: max(1, num_rows // batch_size) * batch_size].split(batch_size)
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Args:
+        metrics: Of the posterior predictive, on the rows held out.
+        at_mean: Of the network at the guide's mean.
+        curve: Pairs of gradients so far and NLL.
+        seconds: Processor time of the training, shared out equally among the runs side by side.
+    """
+
+    metrics: dict[str, float]
+    at_mean: dict[str, float]
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    task: Task,
+    settings: Sequence[dict[str, float]],
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    points: int = 1,
+    seed: int = 0,
+    look: Callable[[SVI], Any] = lambda svi: None,
+) -> list[Outcome]:
+    """Train a method at each settings on the problem beside it, all side by side.
+
+    Args:
+        task: Method, data set and budget.
+        settings: Settings of each run.
+        problems: Problem of each run, all of one size.
+        num_samples: Weight samples of a prediction.
+        points: Number of points of the learning curve.
+        seed: Of initial weights, noise and minibatches.
+        look: Called with the SVI at the end, for more measures.
+    Returns:
+        The outcome of each run; its numbers are NaN where it ended so.
+    """
+    members = task.method.members
+    together = [problem for problem in problems for _ in range(members)]
+    numbers = {
+        name: torch.tensor([each[name] for each in settings for _ in range(members)]) for name in settings[0]
+    }
+    x, y = torch.stack([each.x for each in together]), torch.stack([each.y for each in together])
+    streams = zip(*(_orders(x.shape[1], task.source.batch_size, seed + r) for r in range(len(together))), strict=True)
+    curves: list[list[tuple[int, float]]] = [[] for _ in problems]
+    everyone, seconds, done = torch.arange(len(together))[:, None], 0.0, 0
+    with apart(seed):
+        svi = task.svi(numbers, problems[0])
+        for k in range(1, points + 1):
+            until, began = round(k * task.steps / points), process_time()
+            for orders in islice(streams, until - done):
+                rows = torch.stack(orders)
+                svi.step(ps.per_replica(x[everyone, rows]), ps.per_replica(y[everyone, rows]))
+            seconds, done = seconds + process_time() - began, until
+            found = [_measures(svi, problems, members, num_samples if k == points else _CURVE_SAMPLES)]
+            for curve, metrics in zip(curves, found[0], strict=True):
+                curve.append((round(until * task.method.cost), metrics["nll"]))
+        at_mean = _measures(svi, problems, members, 1, at_mean=True)
+        look(svi)
+    share = seconds / len(problems)
+    return [Outcome(*each, share) for each in zip(found[0], at_mean, curves, strict=True)]
+
+
+@contextmanager
+def apart(seed: int) -> Iterator[None]:
+    """Run the body from a seed, with a param store of its own and without warnings of what the results tell."""
+    with pyro.get_param_store().scope(), warnings.catch_warnings(), torch.random.fork_rng([]):
+        warnings.simplefilter("ignore")
+        pyro.set_rng_seed(seed)
+        yield
+
+
+def _measures(
+    svi: SVI, problems: Sequence[Problem], members: int, num_samples: int, *, at_mean: bool = False
+) -> list[dict[str, float]]:
+    """Return the metrics of each run; the training's random stream is left as it was."""
+    found = []
+    for k, problem in enumerate(problems):
+        replicas = range(k * members, (k + 1) * members)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(k)
+            try:
+                parts = [_predict(svi, r, problem.x_out, num_samples, at_mean) for r in replicas]
+                found.append(metrics_of(_mixed(parts), problem))
+            except ValueError:  # of a replica that ended in NaN
+                found.append(dict.fromkeys(("nll",), math.nan))
+    return found
+
+
+def _predict(svi: SVI, r: int, x: Tensor, num_samples: int, at_mean: bool) -> ps.Prediction:
+    guide = mean_of(svi.guide, r) if at_mean else svi.guide
+    replica = None if at_mean else r
+    return ps.predict(svi.model, guide, x, num_samples=num_samples, samples_at_once=num_samples, replica=replica)
+
+
+def mean_of(guide: ps.MeanFieldNormal, r: int) -> Callable[..., Any]:
+    """Return a guide without noise at the mean of a replica."""
+    values = guide.replica(r).median()
+
+    def at_mean(*args: Any) -> None:
+        for name, value in values.items():
+            pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
+
+    return at_mean
+
+
+def _mixed(parts: Sequence[ps.Prediction]) -> ps.Prediction:
+    """Return the equal mixture of predictions."""
+    return ps.Prediction([sum(batches, []) for batches in zip(*(part.batches for part in parts), strict=True)])
+
+
+def metrics_of(prediction: ps.Prediction, problem: Problem) -> dict[str, float]:
+    """Return the metrics of a prediction on the rows held out; of a regression in the targets' own units."""
+    y = problem.y_out
+    nll = float(ps.metrics.nll(prediction, y)) + problem.log_unit
+    if not problem.y.is_floating_point():
+        scores = (ps.metrics.accuracy, ps.metrics.brier, ps.metrics.ece)
+        return {"nll": nll, **{score.__name__: float(score(prediction, y)) for score in scores}}
+    rmse = math.exp(problem.log_unit) * float(ps.metrics.rmse(prediction, y))
+    return {"nll": nll, "rmse": rmse, "coverage": float(ps.metrics.interval_coverage(prediction, y))}
