@@ -57,9 +57,15 @@ def of_replica(arguments: Any, r: int) -> Any:
 def check_own(arguments: Any, number: int | None) -> None:
     """Check that arguments of which each replica gets its own row have as many as there are replicas.
 
+    Args:
+        arguments: Positional and keyword arguments.
+        number: Number of replicas; None for a single guide.
     Raises:
         ValueError: If they do not.
     """
+    args, kwargs = arguments
+    if not kwargs and all(type(arg) is Tensor for arg in args):
+        return
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, PerReplica) and len(leaf) != number:
             what = "has no replicas" if number is None else f"has {number} replicas"

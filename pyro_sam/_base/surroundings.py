@@ -50,20 +50,34 @@ class Surroundings:
     def __init__(self, *roots: Any) -> None:
         self.modules: list[nn.Module] = []
         self.generators: list[Any] = []
-        self._parts: list[_Part] = []
+        self._parts: dict[int, _Part] = {}  # by what they belong to
         self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
         self._seen: dict[int, Any] = {}
         self._todo: list[Any] = list(roots)
+        self._besides: tuple[Surroundings, list[_Part]] | None = None
         while self._todo and len(self._seen) < _LIMIT:
             item = self._todo.pop()
             if not isinstance(item, PLAIN) and id(item) not in self._seen:
-                self._seen[id(item)] = item
+                self._seen[id(item)] = self._visited = item
                 self._visit(item)
-        del self._todo
+        del self._todo, self._visited
 
-    def is_same(self) -> bool:
-        """Return whether everything is what it was."""
-        return all(map(_is_part_same, self._parts)) and all(a.tobytes() == content for a, content in self._arrays)
+    def is_same(self, besides: "Surroundings | None" = None) -> bool:
+        """Return whether everything is what it was.
+
+        Args:
+            besides: Another look that was just found to be the same: what both hold is not looked at again.
+        """
+        parts = self._parts.values() if besides is None else self._not_in(besides)
+        return all(map(_is_part_same, parts)) and all(a.tobytes() == content for a, content in self._arrays)
+
+    def _not_in(self, other: "Surroundings") -> list[_Part]:
+        """Return the parts that another look does not hold, or holds with other values."""
+        if self._besides is None or self._besides[0] is not other:
+            known = other._parts
+            rest = [part for key, part in self._parts.items() if key not in known or not _are_one(part, known[key])]
+            self._besides = other, rest
+        return self._besides[1]
 
     def acts_as(self, other: "Surroundings") -> bool:
         """Return whether the functions, modules and random streams are those of another look; data may differ."""
@@ -75,7 +89,7 @@ class Surroundings:
 
     def restore(self) -> None:
         """Put plain values back, such as a counter of runs."""
-        for read, known, put in self._parts:
+        for read, known, put in self._parts.values():
             values = read()
             if put is None or len(values) != len(known):
                 continue
@@ -162,7 +176,7 @@ class Surroundings:
         self._todo += part.known
 
     def _add(self, part: _Part) -> None:
-        self._parts.append(part)
+        self._parts[id(self._visited)] = part
 
     _VISITS: tuple[tuple[Any, Any], ...] = (
         (nn.Module, _visit_module),
@@ -177,6 +191,10 @@ class Surroundings:
         (type, _visit_type),
         ((Messenger, Distribution, Transform, SimpleNamespace, argparse.Namespace), _visit_object),
     )
+
+
+def _are_one(part: _Part, other: _Part) -> bool:
+    return len(part.known) == len(other.known) and all(map(operator.is_, part.known, other.known))
 
 
 def _is_part_same(part: _Part) -> bool:

@@ -131,7 +131,7 @@ class ReplicaPasses(FlatPasses):
         own = [leaf.values for leaf in self._leaves if isinstance(leaf, PerReplica)]
         q = (self.flat.loc, self.flat.scale) if ends else ()
         try:
-            with self._stream(), mappable(self._pair.seen_modules):
+            with self._stream(), mappable(self._pair.seen.modules):
                 outputs = list(vmap(one, randomness="different")(tuple(values), q, own))
         except RuntimeError as error:
             if "vmap" not in str(error) and "atching rule" not in str(error):

@@ -177,10 +177,23 @@ class FlatParameters:
 
     def _state(self, handlers: Sequence[Any], values: Sequence[Any]) -> None:
         """Make the statements of the parameters, to traces."""
+        named = {}
         for name, leaf, value in zip(self._names, self._tensors, values, strict=False):
             value.unconstrained = weakref.ref(leaf)
-            for handler in handlers:
-                handler.trace.add_node(name, name=name, value=value, args=(name,), **_STATEMENT)
+            named[name] = value
+        state_parameters(handlers, named)
+
+
+def state_parameters(handlers: Sequence[Any], values: Mapping[str, Any]) -> None:
+    """Make the statements of parameters, to handlers that trace nothing else.
+
+    Args:
+        handlers: The handlers.
+        values: Constrained values by name; each knows its unconstrained one.
+    """
+    for handler in handlers:
+        for name, value in values.items():
+            handler.trace.add_node(name, name=name, value=value, args=(name,), **_STATEMENT)
 
 
 def _are_alike(tensors: Sequence[Tensor]) -> bool:

@@ -12,12 +12,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_sam._base.precision import autocast
 from pyro_sam._base.surroundings import PLAIN, Surroundings
+from pyro_sam._flat.recorder import listeners
+from pyro_sam._flat.vectors import state_parameters
 from pyro_sam._graph.capture import Captured, capture
 from pyro_sam._graph.draws import CannotCapture
 from pyro_sam._step.call import Call
@@ -61,6 +62,7 @@ class Variant:
 
     def __init__(self, captured: Captured, call: Call, state: Sequence[Tensor]) -> None:
         self._captured, self._state, self.uses = captured, list(state), 0
+        self._shared: set[int] | None = None
         # of an autoguide the parameters are looked at anyway
         own = set(call.guide.modules()) if isinstance(call.guide, AutoGuide) else set()
         guide = [module for module in own if module._buffers] if own else [call.guide]
@@ -75,8 +77,13 @@ class Variant:
         self._networks: list[Any] = [module for module in modules if hasattr(module, "is_as_met")]
         self._written = [b for module in modules for b in module._buffers.values() if b is not None] + self._state
 
-    def is_current(self, state: Sequence[Tensor]) -> bool:
-        """Return whether all of it is as it was."""
+    def is_current(self, state: Sequence[Tensor], seen: Surroundings) -> bool:
+        """Return whether all of it is as it was.
+
+        Args:
+            state: Other tensors that the step writes to now.
+            seen: What model and guide can see now, just looked at.
+        """
         if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
             return False
         store: Any = pyro.get_param_store()
@@ -90,7 +97,7 @@ class Variant:
             return False
         if not all(network.is_as_met() for network in self._networks):
             return False
-        return self._seen.is_same() and all(tensor.item() == value for tensor, value in self._captured.reads)
+        return self._seen.is_same(seen) and all(tensor.item() == value for tensor, value in self._captured.reads)
 
     def has_hooks(self) -> bool:
         """Return whether somebody asked autograd to be called at a parameter."""
@@ -110,10 +117,14 @@ class Variant:
                 tensor.copy_(value_before)
             return None
         if poutine.runtime.am_i_wrapped():
-            # the statements by which SVI knows what to optimise
-            for name, shown in self._shown.items():
-                effectful(lambda *_, shown=shown, **__: shown, type="param")(name, event_dim=None, name=name)
-        return Replayed(loss, value, self._captured.targets, _owned(gradients, [*inputs, *self._captured.leaves]))
+            state_parameters(listeners(), self._shown)  # the statements by which SVI knows what to optimise
+        return Replayed(loss, value, self._captured.targets, self._owned(gradients, inputs))
+
+    def _owned(self, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return gradients in memory that nothing else uses: they become parameters' ``.grad``."""
+        if self._shared is None:  # of a graph always the same ones
+            self._shared = _shared(gradients, [*inputs, *self._captured.leaves])
+        return [g.clone(memory_format=_CONTIGUOUS) if i in self._shared else g for i, g in enumerate(gradients)]
 
 
 @dataclass
@@ -150,7 +161,7 @@ def replayed(
     form = pair.graphs.get(key) or pair.graphs.put(key, _Form())
     if form.refused:
         return None
-    variant = next((each for each in form.variants if each.is_current(_state(pair))), None)
+    variant = next((each for each in form.variants if each.is_current(_state(pair), pair.seen)), None)
     inputs = [torch.tensor(settings.kl_weight, dtype=torch.float64), *tensors]
     if variant is None:
 
@@ -220,20 +231,22 @@ def _constraints(statements: Mapping[str, Tensor]) -> list[Any]:
     return [store._constraints.get(name) for name in statements]
 
 
-def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients in memory that nothing else uses: they become parameters' ``.grad``."""
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _shared(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> set[int]:
+    """Return the places of gradients that are not contiguous, or in memory that something else uses."""
     taken = {tensor.untyped_storage().data_ptr() for tensor in others}
     used: dict[int, list[tuple[int, int]]] = {}
-    found = []
-    for gradient in gradients:
+    found = set()
+    for i, gradient in enumerate(gradients):
         place, start = gradient.untyped_storage().data_ptr(), int(gradient.storage_offset())
         stop, known = start + int(gradient.numel()), used.setdefault(place, [])
         shared = place in taken or any(start < end and begin < stop for begin, end in known)
         if shared or not gradient.is_contiguous():
-            found.append(gradient.clone(memory_format=torch.contiguous_format))
+            found.add(i)
         else:
             known.append((start, stop))
-            found.append(gradient)
     return found
 
 

@@ -1,13 +1,13 @@
 """The one place that remembers: what is known of a model and a guide."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
@@ -84,9 +84,10 @@ class Pair:
         return int(self.known_nesting(settings))
 
     @property
-    def seen_modules(self) -> Sequence[nn.Module]:
-        """The modules that model and guide were last seen to see."""
-        return () if self._surroundings is None else self._surroundings.modules
+    def seen(self) -> Surroundings:
+        """What model and guide were seen to see at the start of this step, by :meth:`complete`."""
+        known: Any = self._surroundings
+        return known
 
     def surroundings(self, call: Call) -> Surroundings:
         """Return what model and guide can see besides their arguments."""
