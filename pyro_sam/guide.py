@@ -66,6 +66,20 @@ class SAMRadius:
         positive("radius", self.radius)
 
 
+def small_start(site: Any) -> float:
+    r"""Return the scale that a guide starts a site at if it is not told: next to nothing for a network's weights.
+
+    .. math:: 0.01 / \sqrt n
+
+    for a weight of a :class:`~pyro_sam.BayesianModule` with fan-in n, the number of elements of ``weight[0]`` (1 for
+    biases and other vectors), so that a layer begins with as little noise whatever its width; 0.1 for any other latent,
+    as in Pyro's ``AutoNormal``.
+    """
+    if (site["infer"] or {}).get("init_value") is None:
+        return 0.1
+    return 0.01 / math.sqrt(max(site["fn"].event_shape[1:].numel(), 1))
+
+
 class MeanFieldNormal(AutoNormal):
     r"""Mean-field Normal guide :math:`w = \mathrm{loc} + \mathrm{scale} \odot e` for all latents of a model.
 
@@ -91,7 +105,8 @@ class MeanFieldNormal(AutoNormal):
         init_scale: Initial standard deviation in unconstrained units: a positive number; a :class:`~pyro_sam.SAMRadius`
             for one in the units of SAM's radius; or a callable from the site
             (Pyro's message: ``site["name"]``, ``site["fn"]``, ``site["value"]``) to a number or a tensor that
-            broadcasts to the site's loc.
+            broadcasts to the site's loc. By default 0.01 over the root of the fan-in for the weights of a
+            :class:`~pyro_sam.BayesianModule`, and 0.1 elsewhere.
         learn_scale: Whether scale is a parameter; otherwise it stays at ``init_scale``, as a buffer.
         create_plates: Called with the model's arguments, returns the plates to use for subsampled local latents.
         num_replicas: Number R of guides side by side; None for a single one.
