@@ -13,6 +13,7 @@ from pyro_sam.diagnosis.report import Data, Problem
 from pyro_sam.perturbation import AscendedSample
 
 _MANY = 100
+_FEW = 16  # rows, on which the best constant is better than it is
 # Nats an observation. 0.02 are worth 4 % of a Normal's variance; collapsed networks were between -0.1 and 0.005, a
 # wine's quality, the weakest signal that was tried, gives 0.2.
 _EVEN = 0.02
@@ -28,7 +29,12 @@ def find(measured: Measured, causes: Causes) -> Iterator[Problem]:
     data = measured.data
     if data is None:
         yield Problem("no data", "The model observes nothing, so that only the KL is learnt.", "obs", "y")
-    elif data.constant is not None and data.predictive is not None and _is_network(measured, causes):
+    elif (
+        data.constant is not None
+        and data.predictive is not None
+        and measured.rows >= _FEW
+        and _is_network(measured, causes)
+    ):
         yield from _of_network(data.predictive, data.constant, data, measured, causes)
 
 
@@ -37,7 +43,7 @@ def is_doubtful(measured: Measured) -> bool:
     data = measured.data
     if data is None:
         return True
-    if data.constant is None or data.predictive is None:
+    if data.constant is None or data.predictive is None or measured.rows < _FEW:
         return False
     gain, n = data.constant - data.at_mean, data.observations
     return gain < _EVEN * n or data.predictive - data.at_mean > max(_LOST * gain, _LOST_NATS * n)

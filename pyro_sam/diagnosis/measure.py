@@ -37,6 +37,11 @@ class Measured:
     samples: list[OrdinaryRan]
     data: Data | None
 
+    @property
+    def rows(self) -> int:
+        """Number of observations at hand, not scaled."""
+        return max((_weight(site).numel() for site in observed_sites(self.mean.model).values()), default=0)
+
 
 @contextmanager
 def untouched(call: Call, seen: Any) -> Iterator[None]:

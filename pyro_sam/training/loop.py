@@ -28,6 +28,7 @@ from pyro_sam.training.advice import (
 from pyro_sam.training.annealing import Anneal
 from pyro_sam.training.best import Best
 from pyro_sam.training.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
+from pyro_sam.training.collapse import Watch
 from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, loss_of_all, norm_of_all, restore_elbo
 from pyro_sam.training.interrupt import deferred_interrupt
 from pyro_sam.training.numbers import Number, any_finite, each, mapped, overall
@@ -88,6 +89,7 @@ class Training:
         self._trained, self._position = Trained(), Position(loader)
         self._sums: dict[str, Number] = {"loss": 0.0, "grad_norm": 0.0}
         self._terms = TermSums()
+        self._watch = Watch()
         self._whole, self._stopped, self._seconds = True, False, 0.0
         self._written: int | None = None  # the step of the last checkpoint
         self._saved = files.read_last(self.checkpoint.path) if self.checkpoint and resume else None
@@ -116,6 +118,7 @@ class Training:
                     raise KeyboardInterrupt
             if (self._validation and self._restore_best) or self._ends_apart():
                 self.best.restore(self._trained)
+            self._watch.end(self.svi, self.step)
         except BaseException as error:
             for param in self._trained.params.values():
                 param.grad = None
@@ -144,6 +147,8 @@ class Training:
         self._whole = False
         self._close_epoch()
         self._whole = True
+        if self.epoch < self.num_epochs:
+            self._watch.epoch(self.svi, self.step, self.epoch)
         wanted = [callback(self) is True for callback in self._callbacks]  # all are called
         self._stopped = any(distributed.gathered(any(wanted)))  # by one process, and the others would wait for it
         self._save()
@@ -161,6 +166,7 @@ class Training:
                 raise FloatingPointError(self._not_finite(where)) from error
             raise
         self.batch, self.step, self._position.last = self.batch + 1, self.step + 1, batch
+        self._watch.see(batch)
         self._add("loss", loss)
         self._add("grad_norm", norm)
         self._terms.add(pair)
