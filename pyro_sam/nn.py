@@ -55,7 +55,8 @@ class BayesianModule(PyroModule):
         net: Network with initialised parameters.
         prior: A scalar distribution, for every element of every parameter; or a callable from name and parameter to a
             scalar distribution or one of the parameter's shape, called at every run. Moved to the parameter's device
-            and dtype. None for the standard Normal.
+            and dtype. None for ``fan_in_normal(4.0, largest=1.0)``: the standard Normal up to a fan-in of 16, narrower
+            beyond.
         hide: Parameters to leave deterministic: names, names of submodules, or a predicate on names.
     Raises:
         ValueError: If ``net`` is no module with initialised parameters, ``hide`` names none of them or leaves none
@@ -72,7 +73,7 @@ class BayesianModule(PyroModule):
     ) -> None:
         super().__init__()
         self.net = net
-        self.prior = dist.Normal(0.0, 1.0) if prior is None else prior
+        self.prior = fan_in_normal(4.0, largest=1.0) if prior is None else prior
         self._hide = hide
         self._met: Any = None
         self._meet()
@@ -226,32 +227,39 @@ class FanInNormal:
     """Prior that :func:`fan_in_normal` returns."""
 
     std: float
+    largest: float = math.inf
 
     def __call__(self, name: str, parameter: Tensor) -> Any:
         """Return the prior of a parameter, with the parameter's shape as its event shape."""
-        scale = parameter.new_full((), self.std / math.sqrt(max(parameter.shape[1:].numel(), 1)))
-        return dist.Normal(parameter.new_zeros(()), scale).expand(parameter.shape).to_event(parameter.dim())
+        std = min(self.largest, self.std / math.sqrt(max(parameter.shape[1:].numel(), 1)))
+        scale = parameter.new_full((), std)
+        # a meta tensor has no value to check
+        normal = dist.Normal(parameter.new_zeros(()), scale, validate_args=False if parameter.is_meta else None)
+        return normal.expand(parameter.shape).to_event(parameter.dim())
 
 
-def fan_in_normal(std: float = 1.0) -> FanInNormal:
+def fan_in_normal(std: float = 1.0, largest: float = math.inf) -> FanInNormal:
     r"""Return a prior under which the size of a layer's output does not depend on the layer's width.
 
-    .. math:: w_{ij} \sim \mathcal{N}(0, \mathrm{std}^2 / n), \qquad b_i \sim \mathcal{N}(0, \mathrm{std}^2)
+    .. math:: w_{ij} \sim \mathcal{N}(0, s^2), \qquad s = \min(\mathrm{std} / \sqrt n, \mathrm{largest})
 
     n is the fan-in, by torch's convention the number of elements of ``weight[0]`` (so of an Embedding, its width).
     Parameters with fewer than two dimensions, such as biases and the weights of normalisation layers, have n = 1.
 
     Args:
         std: Standard deviation at fan-in 1; positive.
+        largest: Bound on the standard deviation, which keeps biases and narrow layers from being wide; positive.
     Returns:
         A callable for ``BayesianModule(net, prior=...)``.
     Raises:
-        ValueError: If ``std`` is not positive and finite.
+        ValueError: If ``std`` is not positive and finite, or ``largest`` not positive.
     References:
         Neal (1996), Bayesian Learning for Neural Networks, Section 2.1.
     """
     positive("std", std)
-    return FanInNormal(float(std))
+    if largest != math.inf:
+        positive("largest", largest)
+    return FanInNormal(float(std), float(largest))
 
 
 def init_to_module(bnn: BayesianModule, fallback: Callable[..., Any] = init_to_feasible) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ class Settings:
         ValueError: If one of them is out of its range, or two do not go together.
     """
 
-    perturbation: Perturbation = field(default_factory=Adversarial)
+    perturbation: Perturbation = field(default_factory=AscendedSample)
     kl_weight: PerReplica = 1.0
     scale_gradient: ScaleGradient = "perturbed"
     scope: Scope = "global"

@@ -27,13 +27,14 @@ from pyro_sam._step import checks
 from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Knowledge, Pair
 from pyro_sam._step.minibatch import follow_minibatch
+from pyro_sam._step.mistakes import refuse_bare_parameters
 from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
 from pyro_sam._step.space import Terms
 from pyro_sam.elbo import sentinel
 from pyro_sam.elbo.particle import Evaluated, Particle, num_replicas
 from pyro_sam.guide import MeanFieldNormal
-from pyro_sam.perturbation import Adversarial, Perturbation
+from pyro_sam.perturbation import AscendedSample, Perturbation
 
 
 class SAM_ELBO(ELBO):
@@ -55,7 +56,7 @@ class SAM_ELBO(ELBO):
     as here, together with all others.
 
     Args:
-        perturbation: Law of the noise; ``Adversarial()`` for None.
+        perturbation: Law of the noise; ``AscendedSample()`` for None.
         kl_weight: Weight of the KL, non-negative. 1 is the ELBO.
         scale_gradient: ``"perturbed"`` takes the gradient of scale at the perturbed point, ``g(w) * e``; ``"mean"`` at
             the mean, ``g(loc) * e`` (laws that ascend from the mean only).
@@ -121,7 +122,7 @@ class SAM_ELBO(ELBO):
         fast: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in NAMES}
-        settings = Settings(**{**given, "perturbation": Adversarial() if perturbation is None else perturbation})
+        settings = Settings(**{**given, "perturbation": AscendedSample() if perturbation is None else perturbation})
         super().__init__()
         for name in NAMES:
             vars(self).pop(name, None)
@@ -204,6 +205,7 @@ class SAM_ELBO(ELBO):
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return the perturbed loss, and add its gradients to ``.grad`` of the parameters of model and guide."""
         settings = self._settings_for(guide)
+        refuse_bare_parameters(guide)
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
         if self._is_watched(pair, settings):
             return sentinel.watched(
