@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyro_sam as ps
 
-X = torch.linspace(-1.0, 1.0, 6)
+X = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
 TRAIN, VALIDATION = [(X, 0.5 * X)], (X, 0.4 * X)
 SPACE = {"kl_weight": FloatDistribution(1e-3, 1.0, log=True), "alpha": FloatDistribution(0.0, 3.0)}
 

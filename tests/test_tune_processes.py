@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("optuna")
-
 from optuna.trial import TrialState
 from searcher import doomed, search, study_at
 

@@ -158,6 +158,7 @@ class _Search:
             if counts and not outcome.pruned and (self._best is None or outcome.nll < self._best[1].nll):
                 self._best = trial.number, outcome
             self._show()
+        self._display.epoch(self._least())
 
     def _on_epoch(self, training: Training) -> None:
         """Show how the batch under way is doing."""
@@ -222,19 +223,17 @@ def _study(study: Any, max_replicas: int, num_epochs: int, seed: int) -> Any:
     if study is not None and (Path(study).is_dir() or not Path(study).parent.is_dir()):
         raise ValueError(f"study must be a file in a directory that exists, got study={str(study)!r}.")
     pruners = package.pruners
-    return package.create_study(
-        storage=None if study is None else _journal(os.fspath(study)),
+    storages = package.storages
+    settings = {
+        "storage": study and storages.JournalStorage(storages.journal.JournalFileBackend(os.fspath(study))),
         # trials under way count as bad ones meanwhile, so that those of a batch differ
-        sampler=package.samplers.TPESampler(seed=None if study else seed, constant_liar=True),
-        pruner=pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if max_replicas == 1 else pruners.NopPruner(),
-        study_name="tune",
-        load_if_exists=True,
-    )
-
-
-def _journal(path: str) -> Any:
-    storages = optuna().storages
-    return storages.JournalStorage(storages.journal.JournalFileBackend(path))
+        "sampler": package.samplers.TPESampler(seed=None if study else seed, constant_liar=True),
+        "pruner": pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if max_replicas == 1 else pruners.NopPruner(),
+        "study_name": "tune",
+    }
+    if study and settings["study_name"] in package.get_all_study_names(settings["storage"]):
+        return package.load_study(**settings)  # to create it writes to the file, even where it is there
+    return package.create_study(**settings, load_if_exists=True)
 
 
 @contextmanager
@@ -246,8 +245,9 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna().exceptions.ExperimentalWarning)
-            # the table says which failed
-            warnings.filterwarnings("ignore", message=r"replica .*; the others go on")
+            # the table says which failed, and how well the others predict
+            warnings.filterwarnings("ignore", message=r"replica .*the others go on")
+            warnings.filterwarnings("ignore", message=r"(?s).*print\(pyro_sam\.diagnose")
             yield
     finally:
         logging.set_verbosity(before)
