@@ -1,4 +1,4 @@
-"""Settings chosen on validation rows: Optuna's trials side by side, and the best of them again on every tuning split."""
+"""Settings chosen on validation rows: trials side by side, then the best of them again on every tuning split."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         ValueError: If no trial ended with a finite NLL.
     """
     with apart(0):
-        finalists = _search(task, problems[0], size, file)
+        finalists = (_search_own if task.method.own else _search)(task, problems[0], size, file)
     pairs = [(settings, problem) for settings in finalists for problem in problems]
     outcomes = train(task, *zip(*pairs, strict=True), num_samples=64, seed=1)
     found = torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1).mean(1)
@@ -55,15 +55,35 @@ def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[s
     return [{name: row[name] for name in space} for row in good[: size.finalists]]
 
 
+def _search_own(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
+    """Do what :func:`_search` does for a method that Pyro's SVI does not train."""
+    space = task.method.distributions()
+    study = _study(file, space, size.trials)
+    while left := size.trials - sum(trial.state.is_finished() for trial in study.trials):
+        trials = [study.ask(space) for _ in range(min(left, size.max_replicas))]
+        outcomes = train(task, [trial.params for trial in trials], [problem] * len(trials), num_samples=32)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            nll = outcome.metrics["nll"]
+            study.tell(trial, nll if math.isfinite(nll) else None, state=_state(nll))
+    good = sorted((trial for trial in study.trials if trial.values), key=lambda trial: trial.value)
+    return [dict(trial.params) for trial in good[: size.finalists]]
+
+
+def _state(nll: float) -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.COMPLETE if math.isfinite(nll) else TrialState.FAIL
+
+
 def _study(file: Path, space: dict[str, Any], trials: int) -> Any:
     """Return the study of a file, begun with the points of a Sobol' sequence: they cover the space more evenly."""
     import optuna
+    from optuna.storages.journal import JournalFileBackend
     from scipy.stats.qmc import Sobol
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = optuna.storages.journal.JournalFileBackend(str(file))
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(file))),
         sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True),
         study_name="tune",
         load_if_exists=True,

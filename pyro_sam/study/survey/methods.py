@@ -1,7 +1,7 @@
 r"""The methods of the study: which law, which guide, what is tuned, what a step costs.
 
-Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03), both on a log scale, and every radius begins at
-0. The first trial of each has ``kl_weight`` 1 and ``alpha`` 0.
+Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03; bSAM's, of another kind, 0.01 to 3), both on a
+log scale, and every radius begins at 0. The first trial of each has ``kl_weight`` 1 and ``alpha`` 0.
 """
 
 import math
@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 import pyro_sam as ps
 from pyro_sam.study.survey.laws import Antithetic
 
-Numbers = Mapping[str, Tensor]
+Numbers = Mapping[str, Any]  # a vector with a number for each replica
 Guide = Literal["point", "radius", "learnt"]
 _INIT_SCALE, _POINT_SCALE = 0.02, 1e-4
 
@@ -35,18 +34,20 @@ class Method:
         like: Method whose tuned settings it takes; None to be tuned itself.
         budget: Its gradients over those of the others.
         members: Networks whose predictions are mixed.
+        own: Whether it has an optimiser of its own, bSAM, in the place of Pyro's SVI.
     """
 
     name: str
     summary: str
     law: Callable[[Numbers], ps.Perturbation]
-    space: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     cost: float = 2.0
     guide: Guide = "learnt"
     elbo: Mapping[str, Any] = field(default_factory=dict)
     like: str | None = None
     budget: float = 1.0
     members: int = 1
+    own: bool = False
 
     def distributions(self) -> dict[str, Any]:
         """Return what is searched, as Optuna's distributions by name."""
@@ -75,6 +76,7 @@ class Method:
 
 _ALPHA, _RADIUS, _KAPPA = {"alpha": (-3.0, 15.0)}, {"rho": (0.0, 15.0)}, {"kappa": (0.0, 3.0)}
 _SAM, _ASAM, _FIXED = {"rho": (0.0, 0.5)}, {"rho": (0.0, 3.0)}, {"rho": (0.0, 2.0)}
+_BSAM = {"rho": (0.0, 2.0), "lr": (1e-2, 3.0, True)}
 _PREVIOUS: dict[str, Any] = {"ascent": "previous"}
 
 
@@ -137,5 +139,6 @@ _ALL = (
     Method("mfvi-twice", "mfvi with twice the gradients: has it converged?", _gaussian, cost=1, like="mfvi", budget=2),
     Method("ensemble", "five networks of map mixed, five times the gradients", _mean, cost=1, guide="point",
            like="map", budget=5, members=5),
+    Method("bsam", "bSAM, an optimiser with a posterior of its own", _gaussian, _BSAM, own=True),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

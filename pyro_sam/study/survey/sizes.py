@@ -42,6 +42,16 @@ SIZES = {
         num_samples=256,
         points=20,
         test_rows=10_000,
-        data=("digits-120", "breast-cancer", "diabetes", "digits", "mnist-5k", "mnist-800", "yacht", "energy", "concrete"),
+        data=(
+            "digits-120",
+            "breast-cancer",
+            "diabetes",
+            "digits",
+            "mnist-5k",
+            "mnist-800",
+            "yacht",
+            "energy",
+            "concrete",
+        ),
     ),
 }

@@ -84,7 +84,9 @@ def _gradients(draws: Draws, size: Size) -> int:
     return max(1, round(draws.source.gradients * size.gradients))
 
 
-def _run(draws: Draws, method: Method, size: Size, settings: dict[str, float], validation: float) -> list[dict[str, Any]]:
+def _run(
+    draws: Draws, method: Method, size: Size, settings: dict[str, float], validation: float
+) -> list[dict[str, Any]]:
     """Return the records of a run for each seed."""
     members = method.members
     task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members))

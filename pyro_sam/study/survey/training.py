@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from time import process_time
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import pyro_sam as ps
+from pyro_sam.study.survey.bsam import Trainer
 from pyro_sam.study.survey.methods import Method, Numbers
 from pyro_sam.study.survey.problems import Problem, Source
 
+Step = Callable[[Tensor, Tensor], Any]
 _CURVE_SAMPLES = 32
 _FINAL_LR = 0.02  # share of the learning rate that is left at the end
 
@@ -57,18 +59,24 @@ class Task:
         )
         return SVI(model, guide, optim, self.method.estimator(numbers))
 
-    def _cosine(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        def share(step: int) -> float:
-            return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
+    def stepper(self, svi: SVI, numbers: Numbers, num_rows: int) -> Step:
+        """Return what takes a step of all replicas, called with inputs and targets of each in the first dimension."""
+        if self.method.own:
+            return Trainer(svi, numbers, num_rows, self._share).step
+        return lambda x, y: svi.step(ps.per_replica(x), ps.per_replica(y))
 
-        return LambdaLR(optimizer, share)
+    def _cosine(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, self._share)
+
+    def _share(self, step: int) -> float:
+        return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
 
 
 def network(source: Source, problem: Problem) -> tuple[Callable[..., Tensor], int]:
     """Return the Bayesian ReLU network of a data set, and its number of weights."""
     widths = (problem.x.shape[1], *source.hidden, source.num_classes or 1)
     layers = [layer for sizes in pairwise(widths) for layer in (torch.nn.Linear(*sizes), torch.nn.ReLU())]
-    net = torch.nn.Sequential(*layers[:-1])
+    net = torch.nn.Sequential(*layers[:-1]).to(problem.x)
     bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal(1.0))
     num_rows = len(problem.x)
 
@@ -157,20 +165,19 @@ def train(
     """
     members = task.method.members
     together = [problem for problem in problems for _ in range(members)]
-    numbers = {
-        name: torch.tensor([each[name] for each in settings for _ in range(members)]) for name in settings[0]
-    }
+    numbers = {name: torch.tensor([each[name] for each in settings for _ in range(members)]) for name in settings[0]}
     x, y = torch.stack([each.x for each in together]), torch.stack([each.y for each in together])
     streams = zip(*(_orders(x.shape[1], task.source.batch_size, seed + r) for r in range(len(together))), strict=True)
     curves: list[list[tuple[int, float]]] = [[] for _ in problems]
     everyone, seconds, done = torch.arange(len(together))[:, None], 0.0, 0
     with apart(seed):
         svi = task.svi(numbers, problems[0])
+        step = task.stepper(svi, numbers, x.shape[1])
         for k in range(1, points + 1):
             until, began = round(k * task.steps / points), process_time()
             for orders in islice(streams, until - done):
                 rows = torch.stack(orders)
-                svi.step(ps.per_replica(x[everyone, rows]), ps.per_replica(y[everyone, rows]))
+                step(x[everyone, rows], y[everyone, rows])
             seconds, done = seconds + process_time() - began, until
             found = [_measures(svi, problems, members, num_samples if k == points else _CURVE_SAMPLES)]
             for curve, metrics in zip(curves, found[0], strict=True):
@@ -226,7 +233,7 @@ def mean_of(guide: ps.MeanFieldNormal, r: int) -> Callable[..., Any]:
 
 def _mixed(parts: Sequence[ps.Prediction]) -> ps.Prediction:
     """Return the equal mixture of predictions."""
-    return ps.Prediction([sum(batches, []) for batches in zip(*(part.batches for part in parts), strict=True)])
+    return ps.Prediction([[*chain(*batches)] for batches in zip(*(part.batches for part in parts), strict=True)])
 
 
 def metrics_of(prediction: ps.Prediction, problem: Problem) -> dict[str, float]:

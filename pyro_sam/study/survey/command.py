@@ -1,0 +1,91 @@
+"""``pyro-sam study``: its options, and what it does."""
+
+import argparse
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from pyro_sam.study import arguments
+from pyro_sam.study.output import OutputError
+
+_NEEDED = {
+    "matplotlib": "bench",
+    "sklearn": "bench",
+    "tabulate": "bench",
+    "optuna": "study",
+    "scikit_posthocs": "study",
+    "statsmodels": "study",
+}
+TABLES = "study.md"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    option = parser.add_argument
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", const="quick", dest="size", help="ten minutes on two cores")
+    size.add_argument(
+        "--paper", action="store_const", const="paper", dest="size", help="five times the gradients, more of all"
+    )
+    parser.set_defaults(size="normal")
+    option("--data", nargs="+", metavar="NAME", default=[], help="data sets of the study [those of the size]")
+    option("--methods", nargs="+", metavar="NAME", default=[], help="methods of the study [all]")
+    option("--seeds", type=arguments.whole, metavar="N", help="number of runs after tuning [that of the size]")
+    option("--trials", type=arguments.whole, metavar="N", help="tuning trials of each method [those of the size]")
+    option("--out", type=Path, default=Path("results/study"), metavar="DIR", help="folder of the study [%(default)s]; "
+           "processes with one folder share the work, and a killed study goes on")  # fmt: skip
+    option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
+    option("--report", action="store_true", help="train nothing: make tables and figures of the runs that there are")
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Run a study, or go on with it, and make its tables and figures.
+
+    Raises:
+        UsageError: If a name is unknown, or a package is missing.
+        OutputError: If the folder cannot be written to.
+        DataError: If a data set cannot be had.
+    """
+    missing = {name: extra for name, extra in _NEEDED.items() if importlib.util.find_spec(name) is None}
+    if missing:
+        extras = ",".join(dict.fromkeys(missing.values()))
+        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[{extras}].")
+
+    import torch
+
+    from pyro_sam.study.survey.figures import draw
+    from pyro_sam.study.survey.methods import METHODS
+    from pyro_sam.study.survey.problems import SOURCES
+    from pyro_sam.study.survey.records import Records
+    from pyro_sam.study.survey.sizes import SIZES
+    from pyro_sam.study.survey.studying import study
+    from pyro_sam.study.survey.tables import report
+
+    torch.set_num_threads(1)
+    given = {"seeds": args.seeds, "trials": args.trials}
+    size = dataclasses.replace(SIZES[args.size], **{name: value for name, value in given.items() if value})
+    data = _known("--data", args.data, SOURCES) or list(size.data)
+    methods = _known("--methods", args.methods, METHODS) or list(METHODS)
+    try:
+        records = Records(args.out)
+        if not args.report:
+            study(data, methods, size, records, args.data_dir, say)
+        rows = records.read()
+        if not rows:
+            raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
+        text = report(rows)
+        (args.out / TABLES).write_text(text)
+        say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(rows, args.out)]))}")
+    except OSError as error:
+        raise OutputError(f"--out {args.out} cannot be written to: {error}") from error
+    return 0
+
+
+def _known(option: str, given: list[str], names: object) -> list[str]:
+    found = list(dict.fromkeys(arguments.words(given)))
+    known = list(names)  # type: ignore[call-overload]
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise arguments.UsageError(f"{option} must be among {', '.join(known)}, got {unknown[0]!r}.")
+    return found

@@ -1,0 +1,99 @@
+"""The study's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, mean_and_error, values
+from pyro_sam.study.survey.tables import data_of, methods_of
+
+_CURVES = ("mfvi", "map", "ascended", "ascended-previous", "variational-sam", "mix-sam", "sam", "bsam")
+
+
+def draw(rows: Rows, out: Path) -> list[Path]:
+    """Draw the learning curves, the paired differences and, of three data sets or more, the critical differences."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 8}):
+        paths = [_curves(rows, out / "curves.png", Figure), _differences(rows, out / "differences.png", Figure)]
+        ranks = mean_nll(rows)
+        if len(ranks) >= 3 and len(ranks.columns) >= 3:
+            paths.append(_critical(ranks, out / "critical.png", Figure))
+    return paths
+
+
+def mean_nll(rows: Rows) -> Any:
+    """Return a frame of mean NLL, data sets by methods; methods that are not everywhere are left out."""
+    import pandas as pd
+
+    data, methods = data_of(rows), methods_of(rows)
+    table = [[np.mean([*values(rows, d, m, "nll").values()] or [np.nan]) for m in methods] for d in data]
+    return pd.DataFrame(table, data, methods).dropna(axis="columns")
+
+
+def _axes(figure: Any, number: int) -> list[Any]:
+    columns = min(number, 3)
+    return list(figure.subplots(-(-number // columns), columns, squeeze=False).flat)
+
+
+def _curves(rows: Rows, path: Path, make: Any) -> Path:
+    data = data_of(rows)
+    figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
+    axes = _axes(figure, len(data))
+    for axis, name in zip(axes, data, strict=False):
+        for method in _CURVES:
+            curves = [row["curve"] for row in rows if (row["data"], row["method"]) == (name, method) and "curve" in row]
+            if curves:
+                array = np.array(curves, dtype=float)
+                axis.plot(array[0, :, 0], array[:, :, 1].mean(0), marker=".", label=method)
+        axis.set(title=name, xlabel="gradients", ylabel="test NLL", xscale="log")
+    for axis in axes[len(data) :]:
+        axis.set_axis_off()
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _differences(rows: Rows, path: Path, make: Any) -> Path:
+    data, methods = data_of(rows), [name for name in methods_of(rows) if name != BASELINE]
+    figure = make(figsize=(10, 0.25 * len(methods) * -(-len(data) // 3) + 1.5), layout="constrained")
+    axes = _axes(figure, len(data))
+    for axis, name in zip(axes, data, strict=False):
+        found = differences(rows, name)
+        present = [method for method in methods if method in found]
+        means, errors = [found[m].mean for m in present], [2 * found[m].error for m in present]
+        axis.errorbar(means, range(len(present)), xerr=errors, fmt="o", markersize=3)
+        axis.axvline(0, color="grey", linewidth=0.5)
+        span = max(abs(np.percentile(means, [5, 80]))) * 3 if means else 1
+        axis.set(title=name, xlabel=f"NLL minus {BASELINE}, two s.e.", xlim=(-span, span))
+        axis.set_yticks(range(len(present)), present)
+        axis.invert_yaxis()
+    for axis in axes[len(data) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _critical(frame: Any, path: Path, make: Any) -> Path:
+    """Draw mean ranks, and bars over methods that Nemenyi's test does not tell apart."""
+    import scikit_posthocs as sp
+
+    figure = make(figsize=(9, 3.5), layout="constrained")
+    ranks = frame.rank(axis=1).mean()
+    sp.critical_difference_diagram(ranks, sp.posthoc_nemenyi_friedman(frame), ax=figure.subplots())
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def curve_table(rows: Rows, data: str, methods: Sequence[str]) -> list[list[str]]:
+    """Return a line for each point of the learning curves: gradients, then mean and standard error of each method."""
+    found = {m: [row["curve"] for row in rows if (row["data"], row["method"]) == (data, m)] for m in methods}
+    points = [point for point, _ in found[methods[0]][0]]
+    lines = []
+    for k, gradients in enumerate(points):
+        cells = [mean_and_error([curve[k][1] for curve in found[m]]) for m in methods]
+        lines.append([f"{gradients:.0f}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
+    return lines

@@ -1,0 +1,114 @@
+"""The study's tables, in Markdown."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from pyro_sam.study.survey.methods import METHODS
+from pyro_sam.study.survey.problems import SOURCES
+from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, mean_and_error, passes, values, verdicts
+
+_METRICS = {"classification": ("accuracy", "brier", "ece"), "regression": ("rmse", "coverage")}
+_MARKS = {-1: "better", 0: "-", 1: "worse"}
+
+
+def data_of(rows: Rows) -> list[str]:
+    """Return the data sets of runs, in the study's order."""
+    present = {row["data"] for row in rows}
+    return [name for name in SOURCES if name in present]
+
+
+def methods_of(rows: Rows) -> list[str]:
+    """Return the methods of runs, in the study's order."""
+    present = {row["method"] for row in rows}
+    return [name for name in METHODS if name in present]
+
+
+def report(rows: Rows) -> str:
+    """Return all tables."""
+    parts = [f"## {data}\n\n{results(rows, data)}" for data in data_of(rows)]
+    parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
+    parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def results(rows: Rows, data: str) -> str:
+    """Return the table of a data set: test metrics, paired differences to the baseline, and the chosen settings."""
+    metrics, found = _METRICS[SOURCES[data].task], differences(rows, data)
+    heads = [
+        "method",
+        "NLL",
+        f"minus {BASELINE}",
+        "p (Holm)",
+        "NLL at the mean",
+        *metrics,
+        "settings",
+        "validation NLL",
+    ]
+    lines = []
+    for name in methods_of([row for row in rows if row["data"] == data]):
+        first = next(row for row in rows if (row["data"], row["method"]) == (data, name))
+        if "failed" in first:
+            lines.append([name, "failed"])
+            continue
+        difference = found.get(name)
+        lines.append(
+            [
+                name,
+                _mean(rows, data, name, "nll"),
+                _signed(difference),
+                "" if difference is None else f"{difference.holm:.3f}",
+                _mean(rows, data, name, "nll", "at_mean"),
+                *(_mean(rows, data, name, metric) for metric in metrics),
+                ", ".join(f"{key} {value:.2g}" for key, value in first["settings"].items()),
+                f"{first['validation']:.3f}",
+            ]
+        )
+    return _table(lines, heads)
+
+
+def summary(rows: Rows) -> str:
+    """Return which method is surely better or worse than the baseline where, and which law passes as a default."""
+    data, found = data_of(rows), verdicts(rows)
+    lines = [
+        [name, *(_MARKS[verdict[each]] if each in verdict else "" for each in data), _default(name, verdict, data)]
+        for name, verdict in ((name, found[name]) for name in METHODS if name in found)
+    ]
+    return _table(lines, ["method", *data, "passes"])
+
+
+def _default(name: str, verdict: dict[str, int], data: Sequence[str]) -> str:
+    """Return whether a law of a learnt posterior, at equal gradients, passes."""
+    method = METHODS[name]
+    if method.guide != "learnt" or method.budget != 1 or method.own:
+        return ""
+    return "yes" if passes(verdict, data) else "no"
+
+
+def flatness(rows: Rows) -> str:
+    """Return means and standard errors of the flatness measures."""
+    measures = ("lambda_max", "trace", "sharpness", "average_sharpness")
+    lines = []
+    for data in data_of(rows):
+        for name in methods_of([row for row in rows if row["data"] == data]):
+            cells = [_mean(rows, data, name, measure, "flat") for measure in measures]
+            lines += [[data, name, *cells]] if any(cells) else []
+    return _table(lines, ["data", "method", *measures])
+
+
+def _mean(rows: Rows, data: str, method: str, metric: str, group: str = "metrics") -> str:
+    found = [each for each in values(rows, data, method, metric, group).values() if each == each]
+    if not found:
+        return ""
+    mean, error = mean_and_error(found)
+    return f"{mean:.3g} ± {error:.1g}" if group == "flat" else f"{mean:.3f} ± {error:.3f}"
+
+
+def _signed(difference: Any) -> str:
+    return "" if difference is None else f"{difference.mean:+.3f} ± {difference.error:.3f}"
+
+
+def _table(lines: Sequence[Sequence[Any]], heads: Sequence[str]) -> str:
+    make: Callable[..., str] = tabulate
+    return make(lines, heads, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,234 @@
+import collections
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_sam as ps
+from pyro_sam.study import cli
+from pyro_sam.study.survey import problems, studying
+from pyro_sam.study.survey.bsam import BSAM
+from pyro_sam.study.survey.laws import Antithetic
+from pyro_sam.study.survey.methods import METHODS, Method
+from pyro_sam.study.survey.problems import SOURCES, Draws
+from pyro_sam.study.survey.records import Records
+from pyro_sam.study.survey.training import Task, apart, network, train
+from tests import survey_worker
+
+
+def once_each(out: Path, methods: list[str] = survey_worker.METHODS) -> list[Any]:
+    lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    found = collections.Counter((line["method"], line["seed"]) for line in lines)
+    assert found == {(method, seed): 1 for method in methods for seed in range(survey_worker.SIZE.seeds)}
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: Any) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    survey_worker.work(out)
+    return out
+
+
+# The engine
+
+
+def test_a_study_writes_a_line_for_each_run_at_equal_gradients(finished: Path) -> None:
+    lines = once_each(finished)
+    assert {line["gradients"] for line in lines} == {20}
+    assert {line["curve"][-1][0] for line in lines} == {20}
+    assert all(set(line["settings"]) == set(METHODS[line["method"]].distributions()) for line in lines)
+    assert all(math.isfinite(line["metrics"]["nll"]) and line["curve"][-1][1] > 0 for line in lines)
+
+
+def test_every_method_is_tuned_with_the_same_number_of_trials(finished: Path) -> None:
+    for method in survey_worker.METHODS:
+        log = [json.loads(line) for line in (finished / "tuning" / f"digits-60.{method}.log").read_text().splitlines()]
+        told = [line for line in log if line.get("op_code") == 6 and line.get("state") == 1]
+        assert len({line["trial_id"] for line in told}) == survey_worker.SIZE.trials
+
+
+def test_a_finished_study_trains_nothing(finished: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(studying, "choose", lambda *_: pytest.fail("tuned again"))
+    monkeypatch.setattr(studying, "train", lambda *_: pytest.fail("trained again"))
+    assert survey_worker.work(finished) == []
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.survey_worker", str(tmp_path)]
+    for delay in ("0.8", "1.6"):
+        subprocess.run([*command, delay], check=False, cwd=Path(__file__).parents[1])
+    survey_worker.work(tmp_path)
+    once_each(tmp_path)
+
+
+def test_two_processes_share_a_study(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.survey_worker", str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    assert [each.wait(timeout=120) for each in both] == [0, 0]
+    once_each(tmp_path)
+
+
+def test_a_task_is_claimed_once(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    with records.claim("a", "b") as first, records.claim("a", "b") as second, records.claim("a", "c") as other:
+        assert (first, second, other) == (True, False, True)
+    with records.claim("a", "b") as again:
+        assert again
+
+
+def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    records, row = Records(tmp_path), {"data": "d", "method": "m", "seed": 0}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(row) + '\n{"data": "d", "met')
+    records.add([{**row, "seed": 1, "nll": math.nan}])
+    assert [each["seed"] for each in records.read()] == [0, 1]
+    assert records.read()[1]["nll"] is None
+
+
+def test_a_method_that_cannot_be_trained_is_recorded_as_failed(tmp_path: Path, monkeypatch: Any) -> None:
+    def choose(*_: Any) -> None:
+        raise ValueError("no trial ended well")
+
+    monkeypatch.setattr(studying, "choose", choose)
+    said = survey_worker.work(tmp_path, ["mfvi"])
+    assert said == ["digits-60, mfvi: failed: no trial ended well"]
+    assert {row["failed"] for row in Records(tmp_path).read()} == {"no trial ended well"}
+
+
+# Data
+
+
+def test_no_tuning_split_of_a_subset_holds_a_test_row() -> None:
+    draws = Draws(SOURCES["digits-120"])
+    tuning, final = draws.tuning(3), draws.final(3)
+    tested = {tuple(row) for each in final for row in each.x_out.tolist()}
+    assert not any(tuple(row) in tested for each in tuning for x in (each.x, each.x_out) for row in x.tolist())
+    assert all(each.x.shape == (120, 64) for each in tuning + final)
+    assert not torch.equal(final[0].x, final[1].x)
+
+
+@pytest.mark.parametrize("name", ["digits-120", "breast-cancer"])
+def test_training_rows_are_not_held_out(name: str) -> None:
+    (tuning,), (final,) = Draws(SOURCES[name]).tuning(1), Draws(SOURCES[name]).final(1)
+    for each in (tuning, final):
+        held_out = {tuple(row) for row in each.x_out.tolist()}
+        assert not any(tuple(row) in held_out for row in each.x.tolist())
+
+
+# Methods
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_step_costs_what_the_method_says(method: Method) -> None:
+    numbers = {name: torch.tensor([0.5, 0.5]) for name in method.distributions()}
+    estimator = method.estimator(numbers)
+    climbs = estimator.perturbation.uses_gradient and estimator.ascent == "fresh"
+    cost = estimator.num_particles * (1 + climbs)
+    assert method.cost == {"mixture": 1.5, "bsam": 2}.get(method.name, cost)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_plain_settings_are_in_every_space(method: Method) -> None:
+    space = method.distributions()
+    assert space["kl_weight"].high == 1
+    assert all(space[name].low <= 0 <= space[name].high for name in method.space.keys() - {"lr"})
+
+
+def test_the_noise_of_random_sam_has_length_rho() -> None:
+    problem = Draws(SOURCES["digits-120"]).final(1)[0]
+    with apart(0):
+        model, num_weights = network(SOURCES["digits-120"], problem)
+        numbers = {"rho": torch.tensor([0.5, 2.0]), "kl_weight": torch.ones(2)}
+        guide = METHODS["random-sam"].posterior(model, num_weights, numbers)
+        guide.initialize(problem.x, problem.y)
+        for r, rho in enumerate(numbers["rho"].tolist()):
+            scales = dict(guide.replica(r).scales.named_buffers())
+            assert sum(float(scale.square().sum()) for scale in scales.values()) == pytest.approx(rho**2, rel=1e-5)
+
+
+def test_antithetic_pairs_cancel() -> None:
+    pyro.clear_param_store()
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("linear", pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1)).sum())
+
+    guide = ps.MeanFieldNormal(model)
+    guide.initialize()
+    elbo = ps.SAM_ELBO(Antithetic(), num_particles=2, kl_weight=0.0)
+    for _ in range(3):  # of a linear loss no noise is left
+        assert elbo.differentiable_loss(model, guide).item() == pytest.approx(-guide.locs.v.sum().item(), abs=1e-6)
+
+
+def test_bsam_ends_where_its_equations_hold_on_a_quadratic() -> None:
+    h, m, rho, decay = torch.tensor([[3.0, 0.5]]).double(), torch.tensor([[1.0, -2.0]]).double(), 0.3, 0.2
+    run = BSAM(torch.zeros(1, 2).double(), n=1e30, rho=rho, decay=decay)
+    for _ in range(20_000):
+        run.step(lambda w: h * (w - m), 0.03)
+    # g (1 + rho h / s) + decay w = 0 and s = sqrt(s) |g| + 0.1 + decay, solved by bisection in w
+    low, high = torch.minimum(m, torch.zeros(())), torch.maximum(m, torch.zeros(()))
+    for _ in range(100):
+        w = (low + high) / 2
+        g = h * (w - m)
+        s = ((g.abs() + (g**2 + 4 * (0.1 + decay)).sqrt()) / 2) ** 2
+        above = g * (1 + rho * h / s) + decay * w > 0
+        low, high = torch.where(above, low, w), torch.where(above, w, high)
+    torch.testing.assert_close(run.w, w, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(run.s, s, rtol=1e-6, atol=1e-8)
+
+
+def test_bsam_without_a_climb_ends_at_ridge_regression() -> None:
+    h, m = torch.tensor([[3.0, 0.5]]).double(), torch.tensor([[1.0, -2.0]]).double()
+    run = BSAM(torch.zeros(1, 2).double(), n=1e30, rho=0.0, decay=0.2)
+    for _ in range(20_000):
+        run.step(lambda w: h * (w - m), 0.01)
+    torch.testing.assert_close(run.w, h * m / (h + 0.2), rtol=1e-6, atol=0)
+
+
+def test_an_ensemble_mixes_the_predictions_of_its_members() -> None:
+    source, problem = SOURCES["digits-120"], Draws(SOURCES["digits-120"]).final(1)[0]
+    settings = {"kl_weight": 0.01, "lr": 0.01}
+    found = []
+
+    def look(svi: Any) -> None:
+        probs = [ps.predict(svi.model, svi.guide, problem.x_out, num_samples=4, replica=r).probs for r in range(5)]
+        found.append(ps.metrics.nll(torch.stack(probs).mean(0), problem.y_out))
+
+    (outcome,) = train(Task(METHODS["ensemble"], source, 20), [settings], [problem], num_samples=4, look=look)
+    assert outcome.metrics["nll"] == pytest.approx(float(found[0]), rel=1e-3)
+
+
+# The command
+
+
+def test_the_command_makes_tables_and_figures(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["study", "--quick", "--data", "digits-60", "--methods", "mfvi,map", "--seeds", "2", "--trials", "2"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert "| map" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "curves.png").is_file()
+    before = (tmp_path / "runs.jsonl").read_text()
+    assert cli.main(["study", "--report", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "runs.jsonl").read_text() == before
+    assert "| map" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "digit"], "--data must be among digits-120, .*, got 'digit'"),
+        (["--methods", "mfvi,sma"], "--methods must be among mfvi, .*, got 'sma'"),
+        (["--report"], "--report needs finished runs, and .* has none"),
+    ],
+)
+def test_a_wrong_option_is_named(words: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["study", "--out", str(tmp_path), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)

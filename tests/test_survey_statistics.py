@@ -1,0 +1,73 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pyro_sam.study.survey.statistics import differences, mean_and_error, passes, verdicts
+from pyro_sam.study.survey.tables import report
+
+
+def runs(data: str = "digits-120", **numbers: list[Any]) -> list[Any]:
+    about = {"data": data, "settings": {"lr": 0.1}, "validation": 0.5}
+    return [
+        {**about, "method": method.replace("_", "-"), "seed": seed, "metrics": {"nll": value}}
+        for method, values in numbers.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+MFVI, MAP, SAM = [0.30, 0.35, 0.28, 0.40, 0.33], [0.28, 0.36, 0.24, 0.35, 0.30], [0.5, 0.4, 0.6, 0.5, 0.7]
+
+
+def test_a_difference_is_scipys_paired_test() -> None:
+    found = differences(runs(mfvi=MFVI, map=MAP), "digits-120")["map"]
+    paired = np.array(MAP) - np.array(MFVI)
+    assert found.p == pytest.approx(stats.ttest_rel(MAP, MFVI).pvalue)
+    # by hand: t of the differences with n - 1 degrees of freedom
+    t = paired.mean() / (paired.std(ddof=1) / math.sqrt(5))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), 4))
+    assert (found.mean, found.error) == pytest.approx((paired.mean(), stats.sem(paired)))
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests() -> None:
+    found = differences(runs(mfvi=MFVI, map=MAP, sam=SAM), "digits-120")
+    small, large = sorted(found.values(), key=lambda each: each.p)
+    assert small.holm == pytest.approx(2 * small.p)
+    assert large.holm == pytest.approx(max(2 * small.p, large.p))
+
+
+def test_runs_are_paired_by_seed_not_by_order() -> None:
+    rows = runs(mfvi=MFVI, map=MAP)
+    assert differences(rows[::-1], "digits-120") == differences(rows, "digits-120")
+
+
+def test_a_method_with_a_lost_run_is_left_out() -> None:
+    rows = runs(mfvi=MFVI, map=[*MAP[:-1], None])
+    assert differences(rows, "digits-120") == {}
+
+
+def test_surely_means_two_standard_errors() -> None:
+    rows = runs(mfvi=[0.0] * 4, map=[1.0, 1.1, 0.9, 1.0], sam=[-1.0, -1.1, -0.9, -1.0], asam=[1.0, -1.0, 1.0, -1.0])
+    assert verdicts(rows) == {"map": {"digits-120": 1}, "sam": {"digits-120": -1}, "asam": {"digits-120": 0}}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "answer"),
+    [((-1, -1, 0, 0), True), ((-1, 0, 0, 0), False), ((-1, -1, -1, 1), False), ((-1, -1, -1), False)],
+)
+def test_a_default_is_nowhere_worse_and_on_half_better(verdict: tuple[int, ...], answer: bool) -> None:
+    data = ["a", "b", "c", "d"]
+    assert passes(dict(zip(data, verdict, strict=False)), data) is answer
+
+
+def test_mean_and_standard_error() -> None:
+    assert mean_and_error(MFVI) == pytest.approx((np.mean(MFVI), stats.sem(MFVI)))
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_a_failed_method_is_in_the_table() -> None:
+    rows = [*runs(mfvi=MFVI), {"data": "digits-120", "method": "map", "seed": 0, "failed": "no trial"}]
+    assert "| map" in report(rows)
+    assert "failed" in report(rows)
