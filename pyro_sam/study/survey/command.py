@@ -36,6 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--out", type=Path, default=Path("results/study"), metavar="DIR", help="folder of the study [%(default)s]; "
            "processes with one folder share the work, and a killed study goes on")  # fmt: skip
     option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
+    option("--flatness", action="store_true", help="compare the flatness of some methods at the same settings instead")
     option("--report", action="store_true", help="train nothing: make tables and figures of the runs that there are")
 
 
@@ -55,9 +56,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     import torch
 
     from pyro_sam.study.survey.figures import draw
+    from pyro_sam.study.survey.flat import at_equal_settings
     from pyro_sam.study.survey.methods import METHODS
     from pyro_sam.study.survey.problems import SOURCES
-    from pyro_sam.study.survey.records import Records
+    from pyro_sam.study.survey.records import FLATNESS, Records
     from pyro_sam.study.survey.sizes import SIZES
     from pyro_sam.study.survey.studying import study
     from pyro_sam.study.survey.tables import report
@@ -69,14 +71,18 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     methods = _known("--methods", args.methods, METHODS) or list(METHODS)
     try:
         records = Records(args.out)
-        if not args.report:
+        if args.flatness and not args.report:
+            for name in data:
+                gradients = round(SOURCES[name].gradients * size.gradients / 2)
+                records.add(at_equal_settings(name, gradients, size.seeds), FLATNESS)
+        elif not args.report:
             study(data, methods, size, records, args.data_dir, say)
         rows = records.read()
         if not rows:
             raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
-        text = report(rows)
+        text = report(rows, records.read(FLATNESS))
         (args.out / TABLES).write_text(text)
-        say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(rows, args.out)]))}")
+        say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(records)]))}")
     except OSError as error:
         raise OutputError(f"--out {args.out} cannot be written to: {error}") from error
     return 0

@@ -1,24 +1,27 @@
 """The study's pictures."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, mean_and_error, values
+from pyro_sam.study.survey.records import Records
+from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, values
 from pyro_sam.study.survey.tables import data_of, methods_of
 
 _CURVES = ("mfvi", "map", "ascended", "ascended-previous", "variational-sam", "mix-sam", "sam", "bsam")
 
 
-def draw(rows: Rows, out: Path) -> list[Path]:
-    """Draw the learning curves, the paired differences and, of three data sets or more, the critical differences."""
+def draw(records: Records) -> list[Path]:
+    """Draw learning curves, paired differences, the trials' NLL and, of three data sets, the critical differences."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    rows, out = records.read(), records.out
     with mpl.rc_context({"font.size": 8}):
         paths = [_curves(rows, out / "curves.png", Figure), _differences(rows, out / "differences.png", Figure)]
+        if records.trials():
+            paths.append(_trials(records, out / "trials.png", Figure))
         ranks = mean_nll(rows)
         if len(ranks) >= 3 and len(ranks.columns) >= 3:
             paths.append(_critical(ranks, out / "critical.png", Figure))
@@ -77,6 +80,26 @@ def _differences(rows: Rows, path: Path, make: Any) -> Path:
     return path
 
 
+def _trials(records: Records, path: Path, make: Any) -> Path:
+    """Draw each trial's validation NLL over its kl_weight: what the weight of the KL decides, and what the law does."""
+    found = records.trials()
+    data = [name for name in data_of(records.read()) if any(each == name for each, _ in found)]
+    figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
+    axes = _axes(figure, len(data))
+    for axis, name in zip(axes, data, strict=False):
+        for method in _CURVES:
+            trials = found.get((name, method), [])
+            axis.plot(*zip(*trials, strict=True) if trials else ([], []), ".", markersize=4, label=method)
+        lowest = sorted(nll for (each, _), trials in found.items() if each == name for _, nll in trials)
+        axis.set(title=name, xlabel="kl_weight", ylabel="validation NLL", xscale="log")
+        axis.set_ylim(lowest[0] - 0.05 * abs(lowest[0]), lowest[int(0.6 * len(lowest))])
+    for axis in axes[len(data) :]:
+        axis.set_axis_off()
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _critical(frame: Any, path: Path, make: Any) -> Path:
     """Draw mean ranks, and bars over methods that Nemenyi's test does not tell apart."""
     import scikit_posthocs as sp
@@ -86,14 +109,3 @@ def _critical(frame: Any, path: Path, make: Any) -> Path:
     sp.critical_difference_diagram(ranks, sp.posthoc_nemenyi_friedman(frame), ax=figure.subplots())
     figure.savefig(path, dpi=150)
     return path
-
-
-def curve_table(rows: Rows, data: str, methods: Sequence[str]) -> list[list[str]]:
-    """Return a line for each point of the learning curves: gradients, then mean and standard error of each method."""
-    found = {m: [row["curve"] for row in rows if (row["data"], row["method"]) == (data, m)] for m in methods}
-    points = [point for point, _ in found[methods[0]][0]]
-    lines = []
-    for k, gradients in enumerate(points):
-        cells = [mean_and_error([curve[k][1] for curve in found[m]]) for m in methods]
-        lines.append([f"{gradients:.0f}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
-    return lines

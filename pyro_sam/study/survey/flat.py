@@ -4,22 +4,66 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro_sam as ps
-from pyro_sam.study.survey.problems import Problem
+from pyro_sam.study.survey.methods import METHODS
+from pyro_sam.study.survey.problems import SOURCES, Draws, Problem
+from pyro_sam.study.survey.training import Task, train
 
 _ROWS, _RUNS = 512, 3
+# what the methods are compared at where only the noise is to differ
+_SHARED = {"kl_weight": 0.01, "lr": 0.001}
+_OWN = {
+    "map": {},
+    "sam": {"rho": 0.2},
+    "random-sam": {"rho": 1.0},
+    "mfvi": {},
+    "antithetic": {},
+    "ascended": {"alpha": 5.0},
+    "variational-sam": {"rho": 5.0},
+}
 
 
-def flatness(svi: Any, problems: Sequence[Problem], members: int) -> list[dict[str, float]]:
+def at_equal_settings(data: str, gradients: int, seeds: int) -> list[dict[str, Any]]:
+    """Train some methods at the same ``kl_weight`` and learning rate for the same number of steps.
+
+    Tuned methods differ in more than their noise; these do not.
+
+    Args:
+        data: Name of the data set.
+        gradients: Number of steps; a method that takes two gradients a step has twice as many.
+        seeds: Number of runs of each.
+    Returns:
+        The records, a run each.
+    """
+    problems, rows = Draws(SOURCES[data]).final(seeds), []
+    for name, own in _OWN.items():
+        task = Task(METHODS[name], SOURCES[data], round(gradients * METHODS[name].cost))
+        settings, flat = {**_SHARED, **own}, list[dict[str, float]]()
+        outcomes = train(
+            task,
+            [settings] * seeds,
+            problems,
+            num_samples=64,
+            look=lambda svi, flat=flat: flat.extend(flatness(svi, problems, 1, seeds)),  # type: ignore[misc]
+        )
+        about = {"data": data, "method": name, "settings": settings}
+        rows += [
+            {**about, "seed": k, "metrics": outcome.metrics, "flat": flat[k]} for k, outcome in enumerate(outcomes)
+        ]
+    return rows
+
+
+def flatness(svi: Any, problems: Sequence[Problem], members: int, runs: int = _RUNS) -> list[dict[str, float]]:
     r"""Return :math:`\lambda_{\max}` and trace of the Hessian of the loss per training row, of the first runs.
 
     Args:
         svi: Model and guide, trained.
         problems: Problem of each run.
         members: Replicas of a run.
+        runs: Number of runs that are measured: what it costs is a good part of a training.
     Returns:
-        A dict for each run, empty beyond the first few: what they cost is a good part of a training.
+        A dict for each run, empty for those that are not measured.
     """
-    return [_flatness(svi, k * members, each) if k < _RUNS else {} for k, each in enumerate(problems)]
+    return [_flatness(svi, k * members, each) if k < runs else {} for k, each in enumerate(problems)]
 
 
 def _flatness(svi: Any, r: int, problem: Problem) -> dict[str, float]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_RUNS = "runs.jsonl"
+RUNS, FLATNESS = "runs.jsonl", "flatness.jsonl"
 
 
 class Records:
@@ -20,39 +20,56 @@ class Records:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        for folder in (out / "tuning", out / "busy"):
-            folder.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self, file: str = RUNS) -> list[dict[str, Any]]:
         """Return the finished runs; the end of a line that was being written at a kill is left out."""
-        path = self.out / _RUNS
+        path = self.out / file
         lines = path.read_text().splitlines() if path.is_file() else []
         rows = [row for line in lines if (row := _row(line)) is not None]
         return list({(row["data"], row["method"], row["seed"]): row for row in rows}.values())
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
+    def add(self, rows: list[dict[str, Any]], file: str = RUNS) -> None:
         """Append runs in one piece."""
-        path = self.out / _RUNS
-        with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            broken = file.tell() and path.read_bytes()[-1:] != b"\n"
+        path = self.out / file
+        with path.open("a+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            broken = opened.tell() and path.read_bytes()[-1:] != b"\n"
             text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
-            file.write((("\n" if broken else "") + text).encode())
+            opened.write((("\n" if broken else "") + text).encode())
 
     def tuning(self, data: str, method: str) -> Path:
         """Return the file of the search of a method on a data set."""
-        return self.out / "tuning" / f"{data}.{method}.log"
+        return self._folder("tuning") / f"{data}.{method}.log"
+
+    def trials(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
+        """Return ``kl_weight`` and validation NLL of the finished trials of each search, by data set and method."""
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        found = {}
+        for path in sorted((self.out / "tuning").glob("*.log")):
+            data, _, method = path.stem.partition(".")
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+            trials = optuna.load_study(study_name="tune", storage=storage).trials
+            found[data, method] = [(each.params["kl_weight"], float(each.values[0])) for each in trials if each.values]
+        return found
 
     @contextmanager
     def claim(self, data: str, method: str) -> Iterator[bool]:
         """Take a task, unless another process is at it; the claim ends with the process, however that ends."""
-        with (self.out / "busy" / f"{data}.{method}").open("w") as file:
+        with (self._folder("busy") / f"{data}.{method}").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             yield True
+
+    def _folder(self, name: str) -> Path:
+        folder = self.out / name
+        folder.mkdir(exist_ok=True)
+        return folder
 
 
 def _row(line: str) -> Any:

@@ -25,11 +25,13 @@ def methods_of(rows: Rows) -> list[str]:
     return [name for name in METHODS if name in present]
 
 
-def report(rows: Rows) -> str:
-    """Return all tables."""
-    parts = [f"## {data}\n\n{results(rows, data)}" for data in data_of(rows)]
+def report(rows: Rows, equal: Rows = ()) -> str:
+    """Return all tables: of the runs, and of flatness at equal settings."""
+    parts = [f"## {data}\n\n{results(rows, data)}\n\n{curves(rows, data)}" for data in data_of(rows)]
     parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
     parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
+    if equal:
+        parts.append(f"## Flatness at the same kl_weight, learning rate and number of steps\n\n{flatness(equal)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -68,6 +70,21 @@ def results(rows: Rows, data: str) -> str:
     return _table(lines, heads)
 
 
+def curves(rows: Rows, data: str) -> str:
+    """Return the learning curves: the mean NLL at shares of the budget, those of a longer or shorter one aside."""
+    heads, lines = ["NLL after"], []
+    for name in methods_of([row for row in rows if row["data"] == data]):
+        found = [row for row in rows if (row["data"], row["method"]) == (data, name) and "curve" in row]
+        if found and METHODS[name].budget == 1:
+            heads = ["NLL after", *(f"{gradients:.0f}" for gradients, _ in found[0]["curve"])]
+            means = [
+                mean_and_error([nll for _, nll in point])[0]
+                for point in zip(*(row["curve"] for row in found), strict=True)
+            ]
+            lines.append([name, *(f"{mean:.3f}" for mean in means)])
+    return _table(lines, heads)
+
+
 def summary(rows: Rows) -> str:
     """Return which method is surely better or worse than the baseline where, and which law passes as a default."""
     data, found = data_of(rows), verdicts(rows)
@@ -93,8 +110,8 @@ def flatness(rows: Rows) -> str:
     for data in data_of(rows):
         for name in methods_of([row for row in rows if row["data"] == data]):
             cells = [_mean(rows, data, name, measure, "flat") for measure in measures]
-            lines += [[data, name, *cells]] if any(cells) else []
-    return _table(lines, ["data", "method", *measures])
+            lines += [[data, name, _mean(rows, data, name, "nll"), *cells]] if any(cells) else []
+    return _table(lines, ["data", "method", "NLL", *measures])
 
 
 def _mean(rows: Rows, data: str, method: str, metric: str, group: str = "metrics") -> str:
