@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.pyro-sam-installed
 
-.PHONY: help setup demo figure test soak bench lint dist clean
+.PHONY: help setup demo figure test soak bench lint docs links dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo "make soak   two estimators in lockstep for SOAK_SECONDS (an hour), then 20 000 steps in which nothing may grow"
 	@echo "make bench  time a training step against other estimators (results in $(BENCH_OUT))"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the documentation (docs/_build/html); warnings are errors, internal links and spelling are checked"
+	@echo "make links  check the links to other sites, which needs the network"
 	@echo "make dist   build the wheel and the sdist, and look into both"
 	@echo "make clean  remove what the commands above made, $(VENV) included"
 
@@ -42,7 +44,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing pyro_sam and its bench, test and lightning extras into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test,lightning]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test,lightning,docs]"
 	@touch $@
 
 demo: $(STAMP)
@@ -74,6 +76,16 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: $(STAMP)
+	@echo "== building the documentation; it lies in docs/_build/html"
+	@rm -rf docs/_build/html
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs/_build/doctrees docs docs/_build/html
+	@$(BIN)/python docs/check.py docs/_build/html
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs tutorials pyro_sam examples
+
+links: $(STAMP)
+	@$(BIN)/python -m sphinx -b linkcheck --quiet -d docs/_build/doctrees docs docs/_build/links
+
 dist: $(STAMP)
 	@echo "== building the wheel and the sdist"
 	@rm -rf dist
@@ -83,4 +95,4 @@ dist: $(STAMP)
 	@ls dist
 
 clean:
-	rm -rf $(VENV) build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist results docs/_build docs/_generated docs/tutorials *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -322,3 +322,22 @@ def test_a_guide_that_was_pickled_before_its_parts_moved_goes_on() -> None:
 def pickled_model() -> None:
     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     pyro.sample("obs", dist.Normal(w.sum(), 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("num_replicas", [None, 3])
+def test_a_sam_radius_is_how_far_noise_of_the_length_of_a_draw_moves_all_latents(num_replicas: int | None) -> None:
+    guide = ps.MeanFieldNormal(
+        model, init_scale=ps.SAMRadius(0.3), learn_scale=False, num_replicas=num_replicas
+    ).initialize()
+    scales = [guide.replica(0), guide.replica(2)] if num_replicas else [guide]
+    for single in scales:
+        every = torch.cat([scale.flatten() for scale in single.scales.buffers()])
+        assert float(every.norm()) == pytest.approx(0.3)
+        assert len(every) == 19  # 2 + 1 + 6 + 3 + 3 + 1 + 3 unconstrained scalars
+        assert every.unique().numel() == 1
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, math.inf, "wide"])
+def test_a_sam_radius_is_positive(radius: Any) -> None:
+    with pytest.raises(ValueError, match=r"radius must be positive"):
+        ps.SAMRadius(radius)

@@ -57,7 +57,15 @@ def test_training_curves_are_the_history(ax: Any) -> None:
     both = plots.training_curves(history, ("kl", "grad_norm"))
     assert both is not ax
     assert labels(both) == ["kl", "grad_norm"]
+    assert both.get_ylabel() == "kl, grad_norm"
     assert plots.training_curves(history, "kl").get_ylabel() == "kl"
+
+
+def test_replicas_have_a_line_each_and_one_name(ax: Any) -> None:
+    history = {"loss": [[3.0, 2.0], [1.0, 0.5]], "validation": [[0.4, 0.3], [0.2, 0.1]]}
+    plots.training_curves(history, ("loss", "validation"), ax=ax)
+    assert [list(line.get_ydata()) for line in ax.lines] == [[3.0, 1.0], [2.0, 0.5], [0.4, 0.2], [0.3, 0.1]]
+    assert labels(ax) == ["loss", "validation"]
 
 
 def test_reliability_diagram_shows_each_bin_and_the_calibration_error(ax: Any) -> None:
@@ -72,6 +80,20 @@ def test_reliability_diagram_shows_each_bin_and_the_calibration_error(ax: Any) -
     assert [bar.get_height() for bar in share] == pytest.approx([2 / 5, 3 / 5])
     error = metrics.ece(probs, y, num_bins=5)
     assert f"gap (ECE {error:.3f})" in labels(ax)
+
+
+def test_reliability_diagram_is_legible_in_print(ax: Any) -> None:
+    plots.reliability_diagram(torch.rand(200, generator=torch.Generator().manual_seed(0)), torch.ones(200), ax=ax)
+    grey = torch.tensor([0.299, 0.587, 0.114]).double()
+    shades = []
+    for bars in ax.containers:
+        *rgb, alpha = bars.patches[0].get_facecolor()
+        shades.append(float(grey @ torch.tensor(rgb).double() * alpha + 1 - alpha))
+        assert not bars.patches[0].get_hatch()
+    shades.sort()
+    assert min(high - low for low, high in zip(shades, [*shades[1:], 1.0], strict=True)) > 0.1
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1  # above the bars
 
 
 def test_loss_slice_goes_up_the_gradient_and_through_the_mean(ax: Any) -> None:
@@ -91,7 +113,7 @@ def test_loss_slice_goes_up_the_gradient_and_through_the_mean(ax: Any) -> None:
 @pytest.mark.parametrize("order", [torch.arange(12), torch.randperm(12, generator=torch.Generator().manual_seed(0))])
 def test_regression_bands_lie_between_quantiles_whatever_the_order(order: Tensor, ax: Any) -> None:
     prediction = regression(lambda f: dist.Normal(f, 0.3), X[order])
-    assert plots.regression_bands(X[order], prediction, levels=[0.5, 0.9], data=(X, X**2), ax=ax) is ax
+    assert plots.regression_bands(prediction, X[order], levels=[0.5, 0.9], data=(X, X**2), ax=ax) is ax
     wide, narrow = (band.get_paths()[0].vertices for band in ax.collections)
     for band, q in ((wide, 0.05), (narrow, 0.25)):
         assert band[:, 1].min() == pytest.approx(float(prediction.quantile(q).min()))
@@ -105,7 +127,7 @@ def test_regression_bands_lie_between_quantiles_whatever_the_order(order: Tensor
 
 def test_regression_bands_without_a_quantile_function_are_those_of_draws(ax: Any) -> None:
     scaled = regression(lambda f: dist.StudentT(1e6, 0.0 * f, 2.0))  # all but a Normal
-    plots.regression_bands(X, scaled, levels=0.5, ax=ax)  # type: ignore[arg-type]
+    plots.regression_bands(scaled, X, levels=0.5, ax=ax)  # type: ignore[arg-type]
     band = ax.collections[0].get_paths()[0].vertices
     upper = float(dist.Normal(0.0, 2.0).icdf(torch.tensor(0.75)))
     assert band[:, 1].max() == pytest.approx(upper, rel=0.2)
@@ -121,11 +143,11 @@ def test_regression_bands_without_a_quantile_function_are_those_of_draws(ax: Any
         (lambda p: plots.training_curves({"loss": [1.0]}, ax=3), r"ax must be matplotlib axes, got 3"),
         (lambda p: plots.reliability_diagram(p, X), r"a Normal likelihood has no class probabilities"),
         (lambda p: plots.reliability_diagram(p, X, num_bins=0), r"num_bins must be a whole number of at least 1"),
-        (lambda p: plots.regression_bands(X[:3], p), r"x must have one number for each prediction, .* got \(3,\)"),
-        (lambda p: plots.regression_bands(X, X), r"prediction must be a Prediction, of predict at x, got a Tensor"),
-        (lambda p: plots.regression_bands(X, p, levels=[1.0]), r"levels must be between 0 and 1, got levels=\[1.0\]"),
-        (lambda p: plots.regression_bands(X, p, data=X), r"data must be a pair of inputs and observations, got a Te"),
-        (lambda p: plots.regression_bands(X, p, data=(X, X[:3])), r"data must have as many inputs as .* 12 and 3"),
+        (lambda p: plots.regression_bands(p, X[:3]), r"x must have one number for each prediction, .* got \(3,\)"),
+        (lambda p: plots.regression_bands(X, p), r"prediction, which comes first, must be a Prediction, .* got a Tensor"),
+        (lambda p: plots.regression_bands(p, X, levels=[1.0]), r"levels must be between 0 and 1, got levels=\[1.0\]"),
+        (lambda p: plots.regression_bands(p, X, data=X), r"data must be a pair of inputs and observations, got a Te"),
+        (lambda p: plots.regression_bands(p, X, data=(X, X[:3])), r"data must have as many inputs as .* 12 and 3"),
         (lambda p: plots.training_curves({"loss": [1.0]}, 3), r"keys must be names of curves such as"),
         (lambda p: plots.loss_slice(print, print, radius=0.0), r"radius must be positive, got radius=0.0"),
         (lambda p: plots.loss_slice(print, print, num_points=0), r"num_points must be a whole number of at least 1"),

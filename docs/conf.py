@@ -1,0 +1,76 @@
+"""Settings of the documentation: ``make docs`` builds it, and warnings are errors."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import plan  # noqa: E402
+import pyro_sam  # noqa: E402
+
+project = "pyro_sam"
+author = "the pyro_sam developers"
+copyright = author  # noqa: A001
+release = version = pyro_sam.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build", "_generated", "**/.ipynb_checkpoints"]
+html_theme = "furo"
+html_title = f"pyro_sam {release}"
+html_static_path = ["_static"]
+html_css_files = ["pyro_sam.css"]
+html_show_sphinx = False
+
+# Notebooks are shown with the outputs that they were saved with, and run by the tests instead.
+nb_execution_mode = "off"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "mixed"
+autodoc_default_options = {"show-inheritance": False}
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# Every name of this package that a page refers to must have its place; other projects' cannot be looked up offline.
+nitpicky = True
+nitpick_ignore_regex = [
+    (".*", r"(?!pyro_sam).*"),
+    (".*", r"pyro_sam\._.*"),
+    (".*", r"pyro_sam\.(predictive\.prediction\.SampledLikelihood|tuning\.space\.Settings)"),
+]
+
+
+def copy_tutorials() -> None:
+    """Copy the notebooks to where Sphinx finds them."""
+    target = HERE / "tutorials"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
+        shutil.copy(notebook, target)
+
+
+def draw_plan() -> None:
+    """Draw the house's plan from the imports of the package."""
+    (HERE / "_generated").mkdir(exist_ok=True)
+    (HERE / "_generated" / "plan.svg").write_text(plan.svg())
+
+
+copy_tutorials()
+draw_plan()
