@@ -120,7 +120,7 @@ class MeanFieldNormal(AutoNormal):
         model: Callable[..., Any],
         *,
         init_loc_fn: Callable[..., Any] = init_to_value_or_feasible,
-        init_scale: float | SAMRadius | Callable[[Any], float | Tensor] = 0.1,
+        init_scale: float | SAMRadius | Callable[[Any], float | Tensor] = small_start,
         learn_scale: bool = True,
         create_plates: Callable[..., Any] | None = None,
         num_replicas: int | None = None,
