@@ -299,7 +299,7 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(local: bool, tmp_path: 
         x = torch.randn(7, 3)
         guide.initialize(x)
         optim.name_parameters(guide.named_parameters())
-        svi = SVI(model, guide, optim, loss=ps.SAM_ELBO())
+        svi = SVI(model, guide, optim, loss=ps.SAM_ELBO(ps.Adversarial()))
         for _ in range(5):
             svi.step(x)
         optim.save(tmp_path / "optim.pt")
@@ -314,7 +314,7 @@ def test_saved_and_loaded_it_goes_on_as_if_uninterrupted(local: bool, tmp_path: 
         again.name_parameters(guide.named_parameters())
         again.load(tmp_path / "optim.pt")
         assert again.get_state().keys() == {"names", "optimizer", "scheduler"}  # waiting for its parameters
-        svi = SVI(model, guide, again, loss=ps.SAM_ELBO())
+        svi = SVI(model, guide, again, loss=ps.SAM_ELBO(ps.Adversarial()))
         for _ in range(5):
             svi.step(x)
     for param, value in zip(guide.parameters(), straight, strict=True):
