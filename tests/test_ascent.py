@@ -14,6 +14,7 @@ from oracles import Quadratic
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal
 
 import pyro_sam as ps
+from pyro_sam._graph import lowering
 
 
 def previous(law: ps.Perturbation, **settings: Any) -> ps.SAM_ELBO:
@@ -160,3 +161,32 @@ def test_steps_leave_no_tensors_behind() -> None:
         return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
     assert tensors_after(3) == tensors_after(10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fast": False}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_particles_climb_along_what_was_before_their_step(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], differentiable: bool
+) -> None:
+    """No particle sees another's gradient of the same step; their mean is added, whatever the order of backward."""
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
+    problem, number, decay, alpha = Quadratic.random(), 3, 0.6, 0.8
+    model, guide = problem.model(), problem.guide()
+    elbo = previous(ps.AscendedSample(alpha), ascent_decay=decay, num_particles=number, **settings)
+    average = torch.zeros(5)
+    for step in range(4):
+        pyro.set_rng_seed(step)
+        noise = [torch.randn(5) for _ in range(number)]
+        climb = alpha * average / average.norm() if step else torch.zeros(5)
+        expected = sum(problem.loss(problem.loc + problem.scale * (z + climb)) for z in noise) / number
+        pyro.set_rng_seed(step)
+        if differentiable:
+            loss = elbo.differentiable_loss(model, guide)
+            if loss.requires_grad and not settings.get("compile"):
+                loss.backward()
+            loss = loss.item()
+        else:
+            loss = elbo.loss_and_grads(model, guide)
+        assert loss == pytest.approx(expected.item(), rel=1e-11)
+        gradients = torch.stack([problem.u(z + climb) for z in noise])
+        average = decay * average + (1 - decay) * gradients.mean(0)

@@ -27,7 +27,7 @@ from pyro_sam._step.dependence import reaches, tensors_of
 from pyro_sam._step.handlers import Bookmarks
 from pyro_sam._step.knowledge import Pair
 from pyro_sam._step.loss import closed_form, data_loss_of, kl_of_site
-from pyro_sam._step.memory import Layout
+from pyro_sam._step.memory import Average, Layout
 from pyro_sam._step.mistakes import check_shapes, warn_of_sizes
 from pyro_sam._step.passes import Dependence, Loss, Passes, Ran
 from pyro_sam._step.settings import Settings
@@ -119,7 +119,7 @@ class FlatPasses(Passes):
         self.buffers.restore()
         return ran
 
-    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Tensor | None = None) -> "FlatRan":
+    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Average | None = None) -> "FlatRan":
         """Run the model at a chosen noise for good.
 
         Raises:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sam._step.memory import Layout, remember
+from pyro_sam._step.memory import Average, Layout
 
 
 class Where(NamedTuple):
@@ -20,7 +20,7 @@ class Where(NamedTuple):
 
     layout: Layout
     detach_scale: bool = False
-    average: Tensor | None = None
+    average: Average | None = None
     decay: float = 0.0
 
 
@@ -51,7 +51,7 @@ class Place(torch.autograd.Function):
         ]
         g = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if where.average is not None:
-            remember(where.average, where.decay, (g * scale).detach())
+            where.average.add(where.decay, (g * scale).detach())
         to_loc = g if ctx.dims[0] == 2 else g.sum(0) if p > 1 else g[0]
         to_scale = None
         if ctx.needs_input_grad[1] and not where.detach_scale:

@@ -28,6 +28,7 @@ from pyro_sam._flat.vectors import FlatNormal
 from pyro_sam._step import checks
 from pyro_sam._step.dependence import reaches
 from pyro_sam._step.loss import data_loss_of
+from pyro_sam._step.memory import Average
 from pyro_sam._step.passes import Dependence, Loss
 
 
@@ -89,7 +90,7 @@ class ReplicaPasses(FlatPasses):
         self.buffers.restore()
         return ran
 
-    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Tensor | None = None) -> "ReplicaRan":
+    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Average | None = None) -> "ReplicaRan":
         """Run the model at a chosen noise for good.
 
         Raises:

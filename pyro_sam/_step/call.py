@@ -53,6 +53,10 @@ class Call:
         """Return the call with the arguments that a replica gets."""
         return replace(self, args=of_replica(self.args, r), kwargs=of_replica(dict(self.kwargs), r))
 
+    def has_tensors(self) -> bool:
+        """Return whether an argument is a tensor: data, most likely."""
+        return any(isinstance(arg, Tensor) for arg in (*self.args, *self.kwargs.values()))
+
     def objects(self) -> list[Any]:
         """Return the arguments that are neither tensors nor plain values: they may hold anything."""
         if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):

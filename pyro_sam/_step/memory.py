@@ -1,6 +1,7 @@
 r"""The ascent direction from earlier steps: an average of the descent passes' own gradients, at no pass of its own."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,16 +97,67 @@ class PreviousGradients:
         return {name: average.clone() for name, average in self._layout.split(self._vector).items()}
 
 
-@torch.no_grad()
-def remember(average: Tensor, decay: float, u: Tensor) -> None:
-    """Add a gradient to an average, in place.
+class Average(NamedTuple):
+    r"""An average of gradients, all of it or a part, as one step of ``n`` particles reads it and writes to it.
+
+    .. math:: \bar u \leftarrow \bar u + (1 - \mathrm{decay}) (u_i - \bar u_0 / n)
+
+    A particle's gradient :math:`u_i` comes with its share :math:`1 / n`, so that all of them together, in any order,
+    add their mean to what is left of the average :math:`\bar u_0` before the step.
 
     Args:
-        average: All of it, or a part.
-        decay: Weight of the past.
-        u: Gradient in noise space, of its shape.
+        vector: The average itself.
+        before: What it was before the step; the same tensor where there is one particle.
+        share: ``1 / n``.
     """
-    average.copy_(torch.where(u.isfinite(), average.lerp(u.to(average), 1 - decay), average))
+
+    vector: Tensor
+    before: Tensor
+    share: float = 1.0
+
+    def row(self, r: int) -> "Average":
+        """Return the part of one replica."""
+        return Average(self.vector[r : r + 1], self.before[r : r + 1], self.share)
+
+    def split(self, layout: Layout) -> dict[str, "Average"]:
+        """Return the parts by site."""
+        before = layout.split(self.before)
+        return {name: Average(part, before[name], self.share) for name, part in layout.split(self.vector).items()}
+
+    @torch.no_grad()
+    def add(self, decay: float, u: Tensor) -> None:
+        """Add a gradient in noise space, in place.
+
+        Args:
+            decay: Weight of the past.
+            u: The gradient.
+        """
+        average = self.vector
+        less = self.before if self.share == 1 else self.share * self.before
+        new = average + (1 - decay) * (u.reshape(average.shape).to(average) - less)
+        average.copy_(torch.where(new.isfinite(), new, average))
+
+
+class StepMemory:
+    """Gradients of earlier steps as the particles of one step see them: all climb along what was before it.
+
+    Args:
+        memory: The gradients.
+        num_particles: Number of particles that take their turns.
+    """
+
+    def __init__(self, memory: PreviousGradients, num_particles: int) -> None:
+        self._memory, self._number = memory, num_particles
+        self._before: Tensor | None = None
+
+    def average(self, layout: Layout, like: Tensor) -> Average:
+        """Return the average; see :meth:`PreviousGradients.recall`."""
+        vector = self._memory.recall(layout, like)
+        if self._number == 1:
+            return Average(vector, vector)
+        if self._before is None or self._before.shape != vector.shape:
+            self._before = vector.clone()
+        return Average(vector, self._before, 1 / self._number)
 
 
 def flat(tensors: Sequence[Tensor], num_particles: int) -> Tensor:

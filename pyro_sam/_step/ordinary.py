@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.cures import NO_LATENTS
 from pyro_sam._base.random_state import RandomState, rewound
 from pyro_sam._step.call import Call
 from pyro_sam._step.dependence import are_equal, besides, prior_parameters, reaches
 from pyro_sam._step.handlers import Bookmarks, NoiseMessenger, ReplayMessenger
 from pyro_sam._step.knowledge import Pair
 from pyro_sam._step.loss import data_loss, kl_loss
-from pyro_sam._step.memory import Layout, flat, remember, version
+from pyro_sam._step.memory import Average, Layout, flat, version
 from pyro_sam._step.mistakes import inspect
 from pyro_sam._step.passes import Dependence, Loss, Passes, Ran, gradients
 from pyro_sam._step.settings import Settings
@@ -106,9 +107,9 @@ class OrdinaryRan(Ran):
         return Dependence(kl=hidden.kl or prior or reaches([kl], self._nodes), prior=prior)
 
 
-def _remember(average: Tensor, decay: float, core: CoreNormal, gradient: Tensor) -> None:
+def _remember(average: Average, decay: float, core: CoreNormal, gradient: Tensor) -> None:
     with torch.no_grad():
-        remember(average, decay, pull_back(core, gradient).reshape(average.shape))
+        average.add(decay, pull_back(core, gradient))
 
 
 class OrdinaryPasses(Passes):
@@ -192,12 +193,12 @@ class OrdinaryPasses(Passes):
             run = self._guide_run(e, tracked=True)
             return OrdinaryRan(self, run, partial(self._model_run, look=self._is_new), e)
 
-    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Tensor | None = None) -> OrdinaryRan:
+    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Average | None = None) -> OrdinaryRan:
         """Run guide and model at a chosen noise; buffers keep what the model writes, unless it raises."""
         run = self._guide_run(e, tracked=False, detach_scale=detach_scale)
         if average is not None:
             _refuse_subsampled(run)
-            for name, part in self.layout().split(average).items():
+            for name, part in average.split(self.layout()).items():
                 site = run.sites[name]
                 if site.sample.requires_grad:
                     # not the site: a hook that holds its own tensor keeps it, and its graph, for ever
@@ -306,7 +307,7 @@ class OrdinaryPasses(Passes):
         with stream, ReplayMessenger(run.trace.nodes, self._held, self._model_bookmarks):
             trace = self._pair.enumeration.trace(self._call, self._first_dim)
         if look:
-            inspect(self._pair, self._settings, run, trace)
+            inspect(self._pair, self._settings, run, trace, self._call.has_tensors())
         return trace
 
     def _stream(self, start: RandomState | None) -> tuple[RandomState | None, AbstractContextManager[None]]:
@@ -323,7 +324,9 @@ class OrdinaryPasses(Passes):
 
 
 def _no_gaussian_site(unperturbed: dict[str, str]) -> str:
-    reasons = "; ".join(f"'{name}': {reason}" for name, reason in unperturbed.items()) or "it has no latent site at all"
+    if not unperturbed:
+        return f"the guide has no Gaussian site to perturb (it has no latent site at all). {NO_LATENTS}"
+    reasons = "; ".join(f"'{name}': {reason}" for name, reason in unperturbed.items())
     return (
         f"the guide has no Gaussian site to perturb ({reasons}). Use MeanFieldNormal or another guide with "
         "reparameterised Normal sites, or perturbation=Gaussian()."

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sam._step.memory import Layout
+from pyro_sam._step.memory import Average, Layout
 
 Loss = Tensor | float
 
@@ -90,7 +90,7 @@ class Passes(ABC):
         """Run guide and model at noise ``e``, with a graph from it to the data loss, and leave no trace."""
 
     @abstractmethod
-    def descend(self, e: Tensor, *, detach_scale: bool, average: Tensor | None) -> Ran:
+    def descend(self, e: Tensor, *, detach_scale: bool, average: Average | None) -> Ran:
         """Run guide and model at noise ``e`` for good: buffers keep what the model writes.
 
         Args:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam._step import checks
-from pyro_sam._step.memory import Layout
+from pyro_sam._step.memory import Average, Layout
 from pyro_sam._step.ordinary import OrdinaryPasses, OrdinaryRan
 from pyro_sam._step.passes import Dependence, Loss, Passes, Ran
 
@@ -59,11 +59,11 @@ class SideBySide(Passes):
         self._note(call)
         return RanSideBySide(ran)
 
-    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Tensor | None = None) -> "RanSideBySide":
+    def descend(self, e: Tensor, *, detach_scale: bool = False, average: Average | None = None) -> "RanSideBySide":
         """Run guides and model at a chosen noise; buffers keep what the model writes."""
         call, ran = checks.ByRow(), []
         for r, member in enumerate(self.members):
-            part = None if average is None else average[r : r + 1]
+            part = None if average is None else average.row(r)
             ran.append(call(member.descend, e[r : r + 1], detach_scale=detach_scale, average=part))
         self._note(call)
         return RanSideBySide(ran)

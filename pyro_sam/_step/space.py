@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_sam._base.arguments import PerReplica
 from pyro_sam._base.ranks import mean_over_ranks
-from pyro_sam._step.memory import PreviousGradients, version
+from pyro_sam._step.memory import StepMemory, version
 from pyro_sam._step.passes import Loss, Passes, Ran
 from pyro_sam._step.settings import Settings
 from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, Mean, MixSAM, NoiseSpace, Perturbation
@@ -45,7 +45,7 @@ class Space(NoiseSpace):
         law: Perturbation,
         settings: Settings,
         kl_weight: PerReplica | Tensor,
-        memory: PreviousGradients | None,
+        memory: StepMemory | None,
     ) -> None:
         super().__init__(passes.num_particles)
         self._passes, self._law, self._settings, self._kl_weight = passes, law, settings, kl_weight
@@ -75,7 +75,7 @@ class Space(NoiseSpace):
         """Return the data term's gradient at noise ``e``, without a trace; or what is remembered of earlier steps."""
         e = self._checked(e)
         if self._memory is not None:
-            return self._memory.recall(self._passes.layout(), e).clone()
+            return self._memory.average(self._passes.layout(), e).before.clone()
         with torch.enable_grad():
             u, by_value = self._passes.ascend(e).gradients()
         if self._at_mean and _is_still(e, self._zeros):
@@ -110,7 +110,7 @@ class Space(NoiseSpace):
 
     def loss(self, e: Tensor) -> Terms:
         """Return the loss at noise ``e``, with its graph."""
-        average = None if self._memory is None else self._memory.recall(self._passes.layout(), e)
+        average = None if self._memory is None else self._memory.average(self._passes.layout(), e)
         ran = self._passes.descend(e, detach_scale=self._at_mean, average=average)
         data = ran.data_loss
         if self._at_mean:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -18,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pyro_sam._base import takeover
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._base.replicas import check_own
@@ -26,6 +28,7 @@ from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
 from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Knowledge, Pair
+from pyro_sam._step.memory import StepMemory
 from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.mistakes import refuse_bare_parameters
 from pyro_sam._step.passes import Loss
@@ -56,7 +59,7 @@ class SAM_ELBO(ELBO):
     as here, together with all others.
 
     Args:
-        perturbation: Law of the noise; ``AscendedSample()`` for None.
+        perturbation: Law of the noise; ``AscendedSample(3.0)`` for None.
         kl_weight: Weight of the KL, non-negative. 1 is the ELBO.
         scale_gradient: ``"perturbed"`` takes the gradient of scale at the perturbed point, ``g(w) * e``; ``"mean"`` at
             the mean, ``g(loc) * e`` (laws that ascend from the mean only).
@@ -122,7 +125,7 @@ class SAM_ELBO(ELBO):
         fast: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in NAMES}
-        settings = Settings(**{**given, "perturbation": AscendedSample() if perturbation is None else perturbation})
+        settings = Settings(**{**given, "perturbation": AscendedSample(3.0) if perturbation is None else perturbation})
         super().__init__()
         for name in NAMES:
             vars(self).pop(name, None)
@@ -260,7 +263,10 @@ class SAM_ELBO(ELBO):
         if isinstance(call.guide, MeanFieldNormal):
             settings.check_replicas(call.guide.num_replicas)
             check_own((call.args, dict(call.kwargs)), call.guide.num_replicas)
+            is_new = call.guide.prototype_trace is None and not pyro.settings.get("module_local_params")
+            left = takeover.left_by_others(f"{call.guide._pyro_name}.") if is_new else set()
             call.guide.initialize(*call.args, **call.kwargs)
+            takeover.warn_of(left and left & takeover.names_of(call.guide))
         number = num_replicas(call.guide)
         pair = self._knowledge.of(call)
         if number is not None:
@@ -275,7 +281,7 @@ class SAM_ELBO(ELBO):
     ) -> Iterator[Particle]:
         memory = None
         if settings.ascent == "previous" and settings.perturbation.uses_gradient:
-            memory = self._knowledge.memory_of(pair)
+            memory = StepMemory(self._knowledge.memory_of(pair), 1 if settings.together > 1 else settings.num_particles)
         weight = settings.kl_weight if kl_weight is None else kl_weight
         fast = _may_be_flat(call, pair, settings)
         for _ in range(1 if settings.together > 1 else settings.num_particles):

@@ -23,7 +23,7 @@ from pyro_sam._step.call import Call
 from pyro_sam._step.enumeration import enumerated_dims
 from pyro_sam._step.knowledge import Pair
 from pyro_sam._step.loss import latent_sites
-from pyro_sam._step.memory import PreviousGradients
+from pyro_sam._step.memory import StepMemory
 from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.ordinary import OrdinaryPasses
 from pyro_sam._step.passes import Loss, Passes
@@ -69,7 +69,7 @@ class Particle:
     settings: Settings
     law: Perturbation
     kl_weight: PerReplica | Tensor
-    memory: PreviousGradients | None
+    memory: StepMemory | None
     fast: bool
 
     def loss(self, *, graph: bool = True) -> Evaluated:
