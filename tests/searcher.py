@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 import pyro_sam as ps
+from pyro_sam.tuning.journal import journal
 
 X = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
 TRAIN, VALIDATION = [(X, 0.5 * X)], (X, 0.4 * X)
@@ -32,12 +34,14 @@ def build(settings: Any) -> SVI:
     return SVI(model, guide, ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.05}), elbo)
 
 
-def search(path: Any, num_trials: int, *, pause: float = 0.0, max_replicas: int = 2, patience: float = 60.0) -> Any:
-    """Search, with a pause in every epoch."""
+def search(
+    path: Any, num_trials: int, *, pause: float = 0.0, max_replicas: int = 2, patience: float = 60.0, dies: Any = None
+) -> Any:
+    """Search, with a pause in every epoch; it may be killed so many seconds after training has begun."""
     return ps.tune(
         build,
         SPACE,
-        Paused(pause),
+        Paused(pause, dies),
         VALIDATION,
         num_trials=num_trials,
         num_epochs=3,
@@ -49,24 +53,18 @@ def search(path: Any, num_trials: int, *, pause: float = 0.0, max_replicas: int 
 
 
 class Paused:
-    """The training batches, after a pause."""
+    """The training batches, after a pause; the first time they are asked for, SIGKILL may be set to come later."""
 
-    def __init__(self, pause: float) -> None:
-        self._pause = pause
+    def __init__(self, pause: float, dies: float | None) -> None:
+        self._pause, self._dies = pause, dies
 
     def __iter__(self) -> Any:
+        if self._dies is not None:
+            threading.Timer(self._dies, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            self._dies = None
         time.sleep(self._pause)
         return iter(TRAIN)
 
 
-def doomed(path: Any, num_trials: int, delay: float) -> None:
-    """Search, and be killed after a while: at a moment that no line of it chooses."""
-    import threading
-
-    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    search(path, num_trials, pause=0.1)
-
-
 def study_at(path: Any) -> Any:
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    return optuna.load_study(study_name="tune", storage=storage)
+    return optuna.load_study(study_name="tune", storage=journal(str(path)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from pyro_sam.tuning.space import Space, optuna, plain
+from pyro_sam.tuning.space import Space, optuna, plain, suggest
 from pyro_sam.tuning.trials import Outcome
 from pyro_sam.tuning.workers import Worker
 
@@ -76,14 +76,17 @@ class Ledger:
         self._retry()
         taken: list[Any] = []
         while len(taken) < most and sum(map(self._is_begun, self._trials())) < self.num_trials:
-            trial = self.study.ask(self.space)
+            trial = self.study.ask()
             self._mine[trial.number] = trial
-            trial.set_user_attr("worker", self.worker.name)
-            void = self._is_void(trial)
-            if void:
-                self._drop(trial.number, void)
-            else:
-                taken.append(trial)
+            with suppress(optuna().exceptions.UpdateFinishedTrialError):  # others took it for lost meanwhile
+                trial.set_user_attr("worker", self.worker.name)
+                void = self._is_void(trial)
+                for name, distribution in self.space.items():
+                    suggest(trial, name, distribution)
+                if void:
+                    self._drop(trial.number, void)
+                else:
+                    taken.append(trial)
         return taken
 
     def _is_void(self, trial: Any) -> str:
@@ -103,7 +106,8 @@ class Ledger:
 
     def _give_back(self, trial: Any, trials: Sequence[Any], why: str) -> None:
         # queued first: whoever is killed between the two leaves a trial that the next one drops
-        if not any(each.user_attrs.get("again") == trial.number for each in trials):
+        queued = "void" in trial.user_attrs or any(each.user_attrs.get("again") == trial.number for each in trials)
+        if not queued:
             self._queue({**trial.system_attrs.get("fixed_params", {}), **trial.params}, trial.number)
         self._drop(trial.number, f"{why}; tried again")
 

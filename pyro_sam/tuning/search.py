@@ -15,6 +15,7 @@ from pyro_sam.training.loop import Training
 from pyro_sam.training.numbers import by_replica
 from pyro_sam.training.progress import progress as display
 from pyro_sam.training.validation import Validation
+from pyro_sam.tuning.journal import journal
 from pyro_sam.tuning.ledger import Ledger
 from pyro_sam.tuning.space import check_space, groups, optuna
 from pyro_sam.tuning.trials import Build, Job, Outcome, Trained
@@ -223,9 +224,8 @@ def _study(study: Any, max_replicas: int, num_epochs: int, seed: int) -> Any:
     if study is not None and (Path(study).is_dir() or not Path(study).parent.is_dir()):
         raise ValueError(f"study must be a file in a directory that exists, got study={str(study)!r}.")
     pruners = package.pruners
-    storages = package.storages
     settings = {
-        "storage": study and storages.JournalStorage(storages.journal.JournalFileBackend(os.fspath(study))),
+        "storage": study and journal(os.fspath(study)),
         # trials under way count as bad ones meanwhile, so that those of a batch differ
         "sampler": package.samplers.TPESampler(seed=None if study else seed, constant_liar=True),
         "pruner": pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if max_replicas == 1 else pruners.NopPruner(),

@@ -146,6 +146,15 @@ def is_category(distribution: Any) -> bool:
     return isinstance(distribution, optuna().distributions.CategoricalDistribution)
 
 
+def suggest(trial: Any, name: str, distribution: Any) -> Any:
+    """Let a trial have a setting."""
+    if is_category(distribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    whole = isinstance(distribution, optuna().distributions.IntDistribution)
+    ask = trial.suggest_int if whole else trial.suggest_float
+    return ask(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
 def plain(space: Space) -> dict[str, Any]:
     """Return the settings of plain mean-field variational inference that are in a space."""
     return {name: value for name, value in PLAIN.items() if name in space and _contains(space[name], value)}
