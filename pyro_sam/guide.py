@@ -25,6 +25,7 @@ from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.fresh import fresh_weights
 from pyro_sam._base.replicas import mark, of_replica
+from pyro_sam._base.takeover import note_made
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
 from pyro_sam._step.enumeration import is_marked
@@ -166,6 +167,7 @@ class MeanFieldNormal(AutoNormal):
         except BaseException:
             self.prototype_trace = None  # nothing is half set up: the next call starts anew
             raise
+        note_made(self.parameters())
 
     def _set_up_replicas(self, number: int, *args: Any, **kwargs: Any) -> None:
         """Set up the locs of each replica and put them side by side."""
@@ -273,6 +275,16 @@ class MeanFieldNormal(AutoNormal):
         super().__setstate__(state)
         if "_flat" in vars(self):
             self._flat = self._flat_parameters()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        if strict and self.prototype_trace is None and any(name.startswith(prefix) for name in state_dict):
+            errors.append(
+                "the guide is new and has no parameters yet to load a state into; call guide.initialize(x, y) first, "
+                "with the model's arguments."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def can_be_flat(self) -> bool:
         """Return whether all there is to the guide's sites is their loc and scale.

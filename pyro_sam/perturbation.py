@@ -290,7 +290,7 @@ class MixSAM(Perturbation):
     Args:
         rho: Length of the noise in posterior standard deviations, non-negative; ``None`` for :math:`\sqrt d`, meant
             for a fixed scale :math:`r / \sqrt d` (then the weights move by ``r``). With a learnt, wide scale give a
-            number of order one.
+            number such as 0.1 over the scale.
         kappa: Weight of the random direction, non-negative.
     Raises:
         ValueError: If ``rho`` or ``kappa`` is negative or not finite.

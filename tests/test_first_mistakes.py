@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.optim import Adam
 from torch import Tensor, nn
 
@@ -199,6 +199,7 @@ def test_kl_weight_of_one_over_the_length_of_a_loader(x: Tensor, y: Tensor) -> N
 
 
 def wide(law: ps.Perturbation, init_scale: float, **settings: Any) -> None:
+    pyro.clear_param_store()
     net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, CLASSES))  # 323 weights
     model = make(net)
     guide = ps.MeanFieldNormal(model, init_scale=init_scale)
@@ -403,3 +404,138 @@ def test_arguments_are_described_wherever_they_stand() -> None:
     assert data.has_numpy
     assert data.not_finite() is None
     assert find_cure("a text that nobody knows", copy.copy(data)) is None
+
+
+# Said since the diagnosis
+
+
+@pytest.mark.parametrize("plate", [scaled, lambda x: pyro.plate("data", len(x))])
+def test_real_valued_observations_that_were_not_passed(x: Tensor, plate: Any) -> None:
+    model = make(regressor(), normal, plate)
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    with pytest.warns(UserWarning, match=r"so only the KL is learnt, and obs taken for a latent. Pass"):
+        svi.step(x)
+
+
+def test_a_model_without_observed_site(x: Tensor) -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    with pytest.warns(UserWarning, match=r"The model observes nothing, so only the KL is learnt. Pass"):
+        svi.step(x)
+
+
+@pytest.mark.parametrize("law", [ps.Gaussian(), ps.Adversarial()])
+def test_a_plain_module_in_the_place_of_a_bayesian_one(x: Tensor, y: Tensor, law: ps.Perturbation) -> None:
+    net = classifier()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        outputs = net(x)
+        with scaled(x):
+            pyro.sample("obs", categorical(outputs), obs=y)
+
+    with pytest.raises(ValueError, match=r"pyro_sam.BayesianModule\(net\), where it calls a plain nn.Module now"):
+        train(model, x, y, perturbation=law)
+
+
+def test_fit_names_the_row_that_is_not_finite_and_no_learning_rate(x: Tensor, y: Tensor) -> None:
+    x[13, 1] = math.nan
+    model = make()
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    with pytest.raises(FloatingPointError, match=r"NaN or infinity in row 13, in epoch 1.* Clean the data") as caught:
+        ps.fit(svi, [(x, y)], 1, progress=False)
+    assert "learning rate" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (ps.Adversarial(1e6), r"moves the 323 latent scalars by 1e\+05 .* Take rho=1, which"),
+        (ps.Adversarial(math.sqrt(323)), r"moves the 323 latent scalars by 1.8 .* Take rho=1, which"),
+        (ps.AscendedSample(1e3), r"by 100 .* Take alpha=1, which"),
+        (ps.Adversarial(1e3, geometry="euclidean"), r"by 1e\+03 .* Take rho=0.1, which"),
+        (ps.Adversarial(1.0, ord=math.inf), r"by 1.8 .* Take rho=1, which"),
+        (ps.Adversarial(0.05), r"by 0.005 in their own units, next to nothing: .* rho=0.5 at .* geometry='euclidean'"),
+        (ps.MixSAM(), r"or take rho=1, which moves them by 0.1"),
+    ],
+)
+def test_a_radius_that_suits_no_network(law: ps.Perturbation, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        wide(law, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("law", "init_scale"),
+    [
+        (ps.Adversarial(), 0.005),  # the default
+        (ps.Adversarial(0.05), 1.0),  # SAM's own radius, at scale 1
+        (ps.Adversarial(1e3), 1e-4),  # SAM's own radius, at a small scale
+        (ps.Adversarial(10.0), 0.02),
+        (ps.Adversarial(0.05, geometry="euclidean"), 0.1),
+        (ps.Adversarial(2.0, geometry="adaptive"), 0.1),
+        (ps.Adversarial(0.0), 0.1),
+    ],
+)
+def test_radii_that_mean_something(law: ps.Perturbation, init_scale: float) -> None:
+    wide(law, init_scale)
+
+
+def test_pyros_autoguides_that_start_away_from_trained_weights(x: Tensor, y: Tensor) -> None:
+    net = classifier()
+    bnn = ps.BayesianModule(net)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        outputs = bnn(x)
+        with scaled(x):
+            pyro.sample("obs", categorical(outputs), obs=y)
+
+    train(model, x, y, guide=AutoNormal(model))  # fresh weights
+    with torch.no_grad():
+        net[0].weight.mul_(3)  # type: ignore[operator]
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match=r"AutoNormal starts away from .* at 0.weight, .*init_to_module\(bnn\)"):
+        train(model, x, y, guide=AutoNormal(model))
+    pyro.clear_param_store()
+    train(model, x, y, guide=AutoNormal(model, init_loc_fn=ps.nn.init_to_module(bnn)))
+
+
+def test_a_state_is_not_loaded_into_a_guide_without_parameters(x: Tensor, y: Tensor) -> None:
+    model = make()
+    state = ps.MeanFieldNormal(model).initialize(x, y).state_dict()
+    fresh = ps.MeanFieldNormal(model)
+    with pytest.raises(RuntimeError, match=r"no parameters yet to load .*; call guide.initialize\(x, y\) first"):
+        fresh.load_state_dict(state)
+    fresh.initialize(x, y).load_state_dict(state)
+
+
+def test_autoguides_that_pyros_svi_fails_on_under_module_local_params(x: Tensor, y: Tensor) -> None:
+    model = make()
+    with (
+        pyro.settings.context(module_local_params=True),
+        pytest.raises(ValueError, match=r"AutoDiagonalNormal cannot be trained by Pyro's SVI under module"),
+    ):
+        train(model, x, y, guide=AutoDiagonalNormal(model))
+
+
+def test_a_cell_that_is_run_twice_says_that_it_goes_on(x: Tensor, y: Tensor) -> None:
+    train(make(), x, y, guide=ps.MeanFieldNormal(make()))
+    model = make()
+    with pytest.warns(UserWarning, match=r"the guide is new and took over 8 parameters .* pyro.clear_param_store\(\)"):
+        train(model, x, y, guide=ps.MeanFieldNormal(model))
+
+
+def test_parameters_loaded_from_a_file_are_taken_over_in_silence(x: Tensor, y: Tensor) -> None:
+    model = make()
+    train(model, x, y)
+    state = copy.deepcopy(pyro.get_param_store().get_state())
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    train(model, x, y, guide=ps.MeanFieldNormal(model))
+
+
+def test_the_history_of_a_fit_holds_the_weighted_kl(x: Tensor, y: Tensor) -> None:
+    model = make()
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO(kl_weight=0.3))
+    history = ps.fit(svi, [(x, y)], 1, progress=False)
+    assert history["data"][0] + history["kl"][0] == pytest.approx(history["loss"][0])

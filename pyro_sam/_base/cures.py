@@ -11,6 +11,10 @@ from torch.utils._pytree import tree_flatten
 P = ParamSpec("P")
 R = TypeVar("R")
 
+NO_LATENTS = (
+    "The model has no latent site to infer: sample a latent in it, or call a network that has priors on its weights, "
+    "pyro_sam.BayesianModule(net), where it calls a plain nn.Module now."
+)
 _NAMES = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
@@ -189,10 +193,7 @@ def _unobserved(found: re.Match[str], data: Data) -> str:
 
 
 def _no_latents(found: re.Match[str], data: Data) -> str:
-    return (
-        "The model has no latent site to infer: sample a latent in it, or call a network that has priors on its "
-        "weights, pyro_sam.BayesianModule(net)."
-    )
+    return NO_LATENTS
 
 
 def _subsample(found: re.Match[str], data: Data) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_sam._step.call import Call
-from pyro_sam._step.mistakes import FAR
+from pyro_sam._step.radius import FAR
 from pyro_sam._step.sites import is_discrete, unwrap
 from pyro_sam.diagnosis.measure import Measured, observed_sites
 from pyro_sam.diagnosis.prior import contrast, draw, starting_weights

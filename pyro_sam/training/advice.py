@@ -9,7 +9,9 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_sam._base import takeover
 from pyro_sam._base.cures import Data
+from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.training.terms import terms
 
 
@@ -31,19 +33,14 @@ def warn_of_unscaled_batches(svi: SVI, loader: Any, args: tuple[Any, ...], kwarg
 
 def store_before(guide: Callable[..., Any]) -> set[str] | None:
     """Return the names in the param store before a guide that has not been set up is, else None."""
-    fresh = getattr(guide, "prototype_trace", guide) is None
-    return set(pyro.get_param_store().keys()) if fresh else None
+    if isinstance(guide, MeanFieldNormal) or getattr(guide, "prototype_trace", guide) is not None:  # the first says it
+        return None
+    return set(pyro.get_param_store().keys())
 
 
 def warn_of_takeover(before: set[str] | None, used: Mapping[str, Tensor]) -> None:
     """Warn of parameters that a guide new to training found in the param store."""
-    taken = sorted((before or set()) & used.keys())
-    if taken:
-        warnings.warn(
-            f"the guide is new and took over {len(taken)} parameters that the param store held, such as '{taken[0]}'. "
-            "Call pyro.clear_param_store() first to start anew.",
-            stacklevel=2,
-        )
+    takeover.warn_of((before or set()) & used.keys())
 
 
 def not_finite(batch: Any) -> str:

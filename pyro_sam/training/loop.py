@@ -40,6 +40,7 @@ from pyro_sam.training.terms import TermSums, mean_pair, terms
 from pyro_sam.training.trained import Trained
 from pyro_sam.training.validation import Validation
 
+_DIVERGED = "Try a lower learning rate, clip_norm of JointOptim, a smaller rho or init_scale."
 History = dict[str, list[Any]]  # a number an epoch, of a guide with replicas a list of theirs
 
 
@@ -163,7 +164,7 @@ class Training:
             loss, norm, pair = self._move(args, kwargs)
         except (FloatingPointError, ValueError) as error:
             if where := not_finite(batch):
-                raise FloatingPointError(self._not_finite(where)) from error
+                raise FloatingPointError(self._not_finite(where, "Clean the data, or leave such rows out.")) from error
             raise
         self.batch, self.step, self._position.last = self.batch + 1, self.step + 1, batch
         self._watch.see(batch)
@@ -279,13 +280,13 @@ class Training:
         """Return whether replicas stop one by one."""
         return replicas_of(self.svi.guide) is not None and any(isinstance(c, EarlyStopping) for c in self._callbacks)
 
-    def _not_finite(self, what: str) -> str:
+    def _not_finite(self, what: str, cure: str = _DIVERGED) -> str:
         last = "no checkpoint was kept"
         if self.checkpoint and self._written is not None:
             last = f"the last good checkpoint is {self.checkpoint.path}, of step {self._written}"
         return (
             f"{what}, in epoch {self.epoch + 1} at batch {self.batch + 1}. The parameters are those before this step; "
-            f"{last}. Try a lower learning rate, clip_norm of JointOptim, a smaller rho or init_scale."
+            f"{last}. {cure}"
         )
 
     # Checkpoints
