@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,7 +24,7 @@ class Settings:
         ValueError: If one of them is out of its range, or two do not go together.
     """
 
-    perturbation: Perturbation = field(default_factory=partial(AscendedSample, 3.0))
+    perturbation: Perturbation = field(default_factory=AscendedSample)
     kl_weight: PerReplica = 1.0
     scale_gradient: ScaleGradient = "perturbed"
     scope: Scope = "global"

@@ -59,7 +59,7 @@ class SAM_ELBO(ELBO):
     as here, together with all others.
 
     Args:
-        perturbation: Law of the noise; ``AscendedSample(3.0)`` for None.
+        perturbation: Law of the noise; ``AscendedSample()`` for None.
         kl_weight: Weight of the KL, non-negative. 1 is the ELBO.
         scale_gradient: ``"perturbed"`` takes the gradient of scale at the perturbed point, ``g(w) * e``; ``"mean"`` at
             the mean, ``g(loc) * e`` (laws that ascend from the mean only).
@@ -125,7 +125,7 @@ class SAM_ELBO(ELBO):
         fast: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in NAMES}
-        settings = Settings(**{**given, "perturbation": AscendedSample(3.0) if perturbation is None else perturbation})
+        settings = Settings(**{**given, "perturbation": AscendedSample() if perturbation is None else perturbation})
         super().__init__()
         for name in NAMES:
             vars(self).pop(name, None)
