@@ -1,6 +1,6 @@
 """Look into the built site: every link within it leads somewhere, and every formula and picture has its source.
 
-    python docs/check.py docs/_build/html
+python docs/check.py docs/_build/html
 """
 
 import sys

@@ -1,6 +1,5 @@
 """Settings of the documentation: ``make docs`` builds it, and warnings are errors."""
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,11 +8,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import plan  # noqa: E402
+
 import pyro_sam  # noqa: E402
 
 project = "pyro_sam"
 author = "the pyro_sam developers"
-copyright = author  # noqa: A001
+copyright = author
 release = version = pyro_sam.__version__
 
 extensions = [
@@ -43,7 +43,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
-autodoc_default_options = {"show-inheritance": False}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

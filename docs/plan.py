@@ -66,7 +66,7 @@ def svg() -> str:
     height = _ROW * max(level.values()) + _HEIGHT
     parts = [_line(place[unit], place[below]) for unit in sorted(lines) for below in sorted(lines[unit])]
     parts += [_box(unit, *place[unit]) for unit in sorted(place)]
-    view = f"{-width / 2:g} {-_HEIGHT / 2:g} {width:g} {height:g}"
+    view = f"{-width / 2:g} {-_HEIGHT / 2 - 1:g} {width:g} {height + 2:g}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plan" viewBox="{view}" role="img" '
         f'aria-label="Which parts of pyro_sam import which">{"".join(parts)}</svg>\n'
@@ -80,7 +80,9 @@ def _places(level: dict[str, int], lines: dict[str, set[str]]) -> dict[str, tupl
         here = sorted(unit for unit in level if level[unit] == floor)
         here.sort(key=lambda unit: sum(place[below][0] for below in lines[unit]) / max(len(lines[unit]), 1))
         for k, unit in enumerate(here):
-            place[unit] = (k - (len(here) - 1) / 2) * _WIDTH, (max(level.values()) - floor) * _ROW
+            # a little to one side, then to the other, so that lines pass by
+            shift = _WIDTH / 2 * (-1) ** floor if len(here) < 3 else 0
+            place[unit] = (k - (len(here) - 1) / 2) * _WIDTH + shift, (max(level.values()) - floor) * _ROW
     return place
 
 

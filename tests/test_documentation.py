@@ -1,4 +1,4 @@
-"""Every public name has a docstring and a page; code in the pages runs; links lead somewhere; nothing heavy is imported."""
+"""Public names have a docstring and a page; code in the pages runs; links lead somewhere; imports are light."""
 
 import contextlib
 import doctest
@@ -188,11 +188,11 @@ def test_imports_go_down() -> None:
 
 
 def test_broken_links_of_the_site_are_found(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text("<a href='b.html#there'>1</a><a href='https://example.org'>2</a><img src='no.png'>")
-    (tmp_path / "b.html").write_text("<p id='there'/><a href='a.html#nowhere'>3</a><a href='c.html'>4</a>")
-    out = subprocess.run(
-        [sys.executable, DOCS / "check.py", tmp_path], capture_output=True, text=True, check=False
+    (tmp_path / "a.html").write_text(
+        "<a href='b.html#there'>1</a><a href='https://example.org'>2</a><img src='no.png'>"
     )
+    (tmp_path / "b.html").write_text("<p id='there'/><a href='a.html#nowhere'>3</a><a href='c.html'>4</a>")
+    out = subprocess.run([sys.executable, DOCS / "check.py", tmp_path], capture_output=True, text=True, check=False)
     assert out.returncode == 1
     assert set(out.stderr.split("\n")[1:-1]) == {"a.html: no.png", "b.html: a.html#nowhere", "b.html: c.html"}
 

@@ -144,7 +144,10 @@ def test_regression_bands_without_a_quantile_function_are_those_of_draws(ax: Any
         (lambda p: plots.reliability_diagram(p, X), r"a Normal likelihood has no class probabilities"),
         (lambda p: plots.reliability_diagram(p, X, num_bins=0), r"num_bins must be a whole number of at least 1"),
         (lambda p: plots.regression_bands(p, X[:3]), r"x must have one number for each prediction, .* got \(3,\)"),
-        (lambda p: plots.regression_bands(X, p), r"prediction, which comes first, must be a Prediction, .* got a Tensor"),
+        (
+            lambda p: plots.regression_bands(X, p),
+            r"prediction, which comes first, must be a Prediction, .* got a Tensor",
+        ),
         (lambda p: plots.regression_bands(p, X, levels=[1.0]), r"levels must be between 0 and 1, got levels=\[1.0\]"),
         (lambda p: plots.regression_bands(p, X, data=X), r"data must be a pair of inputs and observations, got a Te"),
         (lambda p: plots.regression_bands(p, X, data=(X, X[:3])), r"data must have as many inputs as .* 12 and 3"),

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyro_sam as ps
 from pyro_sam.study import arguments
 from pyro_sam.study.catalogue import CATALOGUE
 from pyro_sam.study.output import OutputError, prepare
+from pyro_sam.study.survey import command as survey
 from pyro_sam.study.tables import DataError
 
 if TYPE_CHECKING:
@@ -47,10 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser(prog="pyro-sam", description="Sharpness-aware variational inference on real data.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|datasets|methods")
+    parser.add_argument("--version", action="version", version=f"pyro-sam {ps.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|study|datasets|methods")
     compare = commands.add_parser("compare", help="train several methods at equal numbers of gradients")
     arguments.add_compare(compare)
     compare.set_defaults(run=_compare)
+    study = commands.add_parser("study", help="tune and compare all methods of the study; resumes, and may be shared")
+    survey.add(study)
+    study.set_defaults(run=lambda args: survey.run(args, print))
     commands.add_parser("datasets", help="list the data sets").set_defaults(run=_datasets)
     commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
     return parser
