@@ -49,7 +49,7 @@ def test_a_method_with_a_lost_run_is_left_out() -> None:
 
 
 def test_surely_means_two_standard_errors() -> None:
-    rows = runs(mfvi=[0.0] * 4, map=[1.0, 1.1, 0.9, 1.0], sam=[-1.0, -1.1, -0.9, -1.0], asam=[1.0, -1.0, 1.0, -1.0])
+    rows = runs(mfvi=[0.0] * 4, map=[1.0, 1.1, 0.9, 1.0], sam=[-1.0, -1.1, -0.9, -1.0], asam=[1.0, -1.0, 1.0, -0.5])
     assert verdicts(rows) == {"map": {"digits-120": 1}, "sam": {"digits-120": -1}, "asam": {"digits-120": 0}}
 
 
