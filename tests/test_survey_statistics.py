@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pyro_sam.study.survey.statistics import differences, mean_and_error, passes, verdicts
-from pyro_sam.study.survey.tables import report
+from pyro_sam.study.survey.tables import report, summary
 
 
 def runs(data: str = "digits-120", **numbers: list[Any]) -> list[Any]:
@@ -71,3 +71,11 @@ def test_a_failed_method_is_in_the_table() -> None:
     rows = [*runs(mfvi=MFVI), {"data": "digits-120", "method": "map", "seed": 0, "failed": "no trial"}]
     assert "| map" in report(rows)
     assert "failed" in report(rows)
+
+
+def test_a_method_that_is_less_accurate_than_sam_is_named() -> None:
+    rows = runs(mfvi=MFVI, map=MAP, sam=SAM)
+    for row in rows:
+        row["metrics"]["accuracy"] = {"map": 0.8, "sam": 0.9, "mfvi": 0.9}[row["method"]] + 0.01 * row["seed"]
+    line = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in summary(rows).splitlines()}
+    assert (line["map"], line["sam"]) == ("digits-120", "")

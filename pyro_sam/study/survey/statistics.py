@@ -1,5 +1,6 @@
 """What runs of several seeds say together: means, paired differences, and which of them are sure."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +47,15 @@ def mean_and_error(numbers: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()) if len(array) else float("nan"), float(error)
 
 
-def differences(rows: Rows, data: str, metric: str = "nll", group: str = "metrics") -> dict[str, Difference]:
+def differences(
+    rows: Rows, data: str, metric: str = "nll", group: str = "metrics", baseline: str = BASELINE
+) -> dict[str, Difference]:
     """Return the paired differences of all methods to the baseline, method minus baseline, with Holm's correction.
 
     A method with a run that has no finite number is left out.
     """
-    base = values(rows, data, BASELINE, metric, group)
-    names = dict.fromkeys(row["method"] for row in rows if row["data"] == data and row["method"] != BASELINE)
+    base = values(rows, data, baseline, metric, group)
+    names = dict.fromkeys(row["method"] for row in rows if row["data"] == data and row["method"] != baseline)
     raw: dict[str, Difference] = {}
     for name in names:
         found = values(rows, data, name, metric, group)
@@ -67,7 +70,9 @@ def _paired(found: Any, base: Any) -> Difference:
     from scipy.stats import ttest_rel
 
     mean, error = mean_and_error(found - base)
-    return Difference(mean, error, float(ttest_rel(found, base).pvalue))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of differences that are all the same
+        return Difference(mean, error, float(ttest_rel(found, base).pvalue))
 
 
 def _corrected(raw: dict[str, Difference]) -> dict[str, Difference]:

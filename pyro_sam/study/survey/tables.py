@@ -89,10 +89,20 @@ def summary(rows: Rows) -> str:
     """Return which method is surely better or worse than the baseline where, and which law passes as a default."""
     data, found = data_of(rows), verdicts(rows)
     lines = [
-        [name, *(_MARKS[verdict[each]] if each in verdict else "" for each in data), _default(name, verdict, data)]
+        [
+            name,
+            *(_MARKS[verdict[each]] if each in verdict else "" for each in data),
+            _default(name, verdict, data),
+            ", ".join(each for each in data if _is_less_accurate(rows, each, name)),
+        ]
         for name, verdict in ((name, found[name]) for name in METHODS if name in found)
     ]
-    return _table(lines, ["method", *data, "passes"])
+    return _table(lines, ["method", *data, "passes", "surely less accurate than sam"])
+
+
+def _is_less_accurate(rows: Rows, data: str, method: str) -> bool:
+    difference = differences(rows, data, "accuracy", baseline="sam").get(method)
+    return difference is not None and difference.sure < 0
 
 
 def _default(name: str, verdict: dict[str, int], data: Sequence[str]) -> str:
