@@ -3,7 +3,9 @@
 They need matplotlib: ``pip install pyro-sam[plots]``.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from pyro_sam.perturbation import unit
 from pyro_sam.predictive.landscape import Landscape
 from pyro_sam.predictive.prediction import Prediction
 
-__all__ = ["loss_slice", "regression_bands", "reliability_diagram", "training_curves"]
+__all__ = ["loss_slice", "regression_bands", "reliability_diagram", "training_curves", "tuning"]
 
 _LIGHT = (1.0, 0.8, 0.5)  # of orange
 
@@ -53,6 +55,58 @@ def training_curves(history: Mapping[str, Sequence[Any]], keys: Sequence[str] = 
     if len(keys) > 1:
         ax.legend(frameon=False)
     return ax
+
+
+def tuning(
+    tables: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
+    x: str = "kl_weight",
+    *,
+    by: str = "law",
+    ax: Any = None,
+) -> Any:
+    """Draw the validation NLL of the trials of :func:`pyro_sam.tune` against a setting, on a log scale.
+
+    A dot is a trial; the line is the least of all trials so far from the left and of all from the right, whichever is
+    larger: the lower envelope of a curve with one valley.
+
+    Args:
+        tables: A table of ``tune``, or several by the name of their law.
+        x: Name of a positive setting.
+        by: Name of a setting whose values have colours of their own in a single table; it need not be there.
+        ax: Axes to draw on; None for new ones.
+    Returns:
+        The axes.
+    Raises:
+        ValueError: If a table lacks the setting, or has no finite NLL.
+        ImportError: If matplotlib is missing.
+    """
+    named = dict(tables) if isinstance(tables, Mapping) else _by(tables, by)
+    curves = {}
+    for name, rows in named.items():
+        if any(x not in row for row in rows):
+            raise ValueError(f"x must be a setting in the table, such as 'kl_weight', got x={x!r}.")
+        pairs = sorted((row[x], row["nll"]) for row in rows if math.isfinite(row["nll"]) and row[x] > 0)
+        if pairs:
+            curves[name] = pairs
+    if not curves:
+        raise ValueError("tables must hold a trial with a finite nll, as those that tune returns, got none.")
+    ax = _axes(ax)
+    for name, pairs in curves.items():
+        values, nlls = zip(*pairs, strict=True)
+        (dots,) = ax.plot(values, nlls, "o", markersize=4, alpha=0.6)
+        left, right = list(accumulate(nlls, min)), list(accumulate(reversed(nlls), min))[::-1]
+        ax.plot(values, list(map(max, left, right)), color=dots.get_color(), label=name or None)
+    ax.set(xscale="log", yscale="log", xlabel=x, ylabel="validation NLL (nats)")
+    if len(curves) > 1 or any(curves):
+        ax.legend(frameon=False)
+    return ax
+
+
+def _by(rows: Sequence[Mapping[str, Any]], by: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(str(row.get(by, "")), []).append(row)
+    return found
 
 
 def reliability_diagram(prediction: Prediction | Tensor, y: Tensor, *, num_bins: int = 15, ax: Any = None) -> Any:

@@ -4,10 +4,13 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pyro_sam.study.catalogue import CATALOGUE
 from pyro_sam.study.settings import Settings
+
+if TYPE_CHECKING:
+    from pyro_sam.study.datasets import Dataset
 
 _DEFAULTS = Settings()
 # the paper's methods; `map` is there for the asking
@@ -57,16 +60,35 @@ _finite = number("a finite number", lambda value: True)
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``pyro-sam compare``."""
+    _add_shared(parser, DEFAULT_METHODS)
     add = parser.add_argument
-    add("dataset", choices=CATALOGUE, metavar="DATASET", help=f"one of {', '.join(CATALOGUE)}")
-    add("--out", type=Path, metavar="DIR", help="folder for the results [results/DATASET]")
+    add("--tune", action="store_true", help="choose kl-weight and each method's number on held-out training rows first")
+    add("--trials", type=whole, default=32, help="trials of each method with --tune [%(default)s]")
+    add("--kappa", type=_non_negative, default=_DEFAULTS.kappa, help="random share of mix-sam [%(default)s]")
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``pyro-sam tune``."""
+    _add_shared(parser, ("ascended",))
+    add = parser.add_argument
     add(
-        "--methods",
-        nargs="+",
-        metavar="NAME",
-        default=list(DEFAULT_METHODS),
-        help=f"[{' '.join(DEFAULT_METHODS)}]; also map",
+        "--trials",
+        type=whole,
+        default=64,
+        help="trials of each method, those of other processes included [%(default)s]",
     )
+    parser.set_defaults(kappa=_DEFAULTS.kappa)
+
+
+def _add_shared(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+    add = parser.add_argument
+    add("dataset", nargs="?", choices=CATALOGUE, metavar="DATASET", help=f"one of {', '.join(CATALOGUE)}")
+    add("--data", type=Path, metavar="FILE", help="a CSV file with column names, or .npz, in the place of DATASET")
+    add("--target", metavar="COLUMN", help="what --data is to predict [the last column, or the array y]")
+    add("--task", choices=("classification", "regression"), help="of --data [by the target's values]")
+    add("--out", type=Path, metavar="DIR", help="folder for the results [results/DATASET]")
+    known = f"[{' '.join(methods)}]; also {', '.join(sorted({*DEFAULT_METHODS, 'map'} - set(methods)))}"
+    add("--methods", nargs="+", metavar="NAME", default=list(methods), help=known)
     add(
         "--epochs",
         type=whole,
@@ -100,13 +122,31 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     )
     rho = "radius, for every method that has one (0.1) or by name (sam=0.1 variational-sam=1)"
     add("--rho", nargs="+", default=[], metavar="R", help=f"{rho}; see `pyro-sam methods` for units and defaults")
-    add("--kappa", type=_non_negative, default=_DEFAULTS.kappa, help="random share of mix-sam [%(default)s]")
     add("--alpha", type=_finite, default=_DEFAULTS.alpha, help="climb of ascended, in posterior sd [%(default)s]")
     add(
         "--init-scale", type=_positive, default=_DEFAULTS.init_scale, help="first scale of a learnt guide [%(default)s]"
     )
     add("--num-samples", type=whole, default=_DEFAULTS.num_samples, help="weight samples of a prediction [%(default)s]")
     add("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
+
+
+def data(args: argparse.Namespace, seeds: Sequence[int]) -> "dict[int, Dataset]":
+    """Return the splits of the data set that is named, or of the user's own file.
+
+    Raises:
+        UsageError: If none is named, or both.
+        DataError: If the data cannot be had.
+    """
+    from pyro_sam.study.datasets import load_splits
+    from pyro_sam.study.own import load_own
+
+    if (args.dataset is None) == (args.data is None):
+        raise UsageError("name a DATASET, or a file of your own with --data, and not both.")
+    if args.data is not None:
+        return load_own(args.data, args.target, seeds, args.task)
+    if args.target or args.task:
+        raise UsageError("--target and --task go with --data.")
+    return load_splits(args.dataset, seeds, args.data_dir)
 
 
 def words(values: Sequence[str]) -> list[str]:

@@ -16,7 +16,10 @@ from pyro_sam.study.survey import command as survey
 from pyro_sam.study.tables import DataError
 
 if TYPE_CHECKING:
+    from pyro_sam.study.datasets import Dataset
     from pyro_sam.study.results import Results
+    from pyro_sam.study.settings import Settings
+    from pyro_sam.study.tuning import Choice
 
 _EXTRAS = ("sklearn", "mlxtend", "matplotlib", "tabulate", "torchmetrics", "tqdm")
 INTERRUPTED = 130  # what a shell reports of a command that SIGINT ended
@@ -50,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser(prog="pyro-sam", description="Sharpness-aware variational inference on real data.")
     parser.add_argument("--version", action="version", version=f"pyro-sam {ps.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|study|datasets|methods")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|tune|study|datasets|methods")
     compare = commands.add_parser("compare", help="train several methods at equal numbers of gradients")
     arguments.add_compare(compare)
     compare.set_defaults(run=_compare)
+    tune = commands.add_parser("tune", help="choose the settings of methods by the NLL of held-out training rows")
+    arguments.add_tune(tune)
+    tune.set_defaults(run=_tune)
     study = commands.add_parser("study", help="tune and compare all methods of the study; resumes, and may be shared")
     survey.add(study)
     study.set_defaults(run=lambda args: survey.run(args, print))
@@ -73,22 +79,57 @@ def _compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from pyro_sam.study.compare import compare, total_gradients
-    from pyro_sam.study.datasets import load_splits
     from pyro_sam.study.results import FIGURE, RESULTS
 
     torch.set_num_threads(settings.threads)
-    out = prepare(args.out or Path("results") / args.dataset, (RESULTS, FIGURE))
-    datasets = load_splits(args.dataset, seeds, args.data_dir)
+    datasets = arguments.data(args, seeds)
     first = datasets[seeds[0]]
+    out = prepare(args.out or Path("results") / first.name, (RESULTS, FIGURE))
     print(f"{first.name}: {len(first.y_train)} training and {len(first.y_test)} test rows ({first.source})")
+    tuned = _choose(args, first, chosen, settings, out) if args.tune else {}
     with tqdm(total=total_gradients(datasets, chosen, settings), unit="gradient", mininterval=0.5) as bar:
 
         def advance(method: str, seed: int, cost: int, loss: float) -> None:
             bar.set_description(f"{method}, seed {seed}, loss {loss:.4g}", refresh=False)
             bar.update(cost)
 
-        results = compare(datasets, chosen, settings, out, advance)
+        results = compare(
+            datasets, chosen, settings, out, advance, {name: each.settings for name, each in tuned.items()}
+        )
     return _report(results, out)
+
+
+def _choose(
+    args: argparse.Namespace, dataset: "Dataset", methods: Sequence[str], settings: "Settings", out: Path
+) -> "dict[str, Choice]":
+    if importlib.util.find_spec("optuna") is None:
+        raise arguments.UsageError("optuna not installed: pip install pyro-sam[tune].")
+    from pyro_sam.study.tuning import choose_all
+
+    try:
+        return choose_all(dataset, methods, settings, args.trials, out, print)
+    except ValueError as error:
+        raise arguments.UsageError(f"{error} (the search is in {out})") from error
+
+
+def _tune(args: argparse.Namespace) -> int:
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[bench].")
+    chosen = arguments.methods(args.methods)
+    settings = arguments.settings(args, chosen)
+
+    import torch
+
+    from pyro_sam.study.report import tuning
+    from pyro_sam.study.results import TUNED, TUNED_FIGURE
+
+    torch.set_num_threads(settings.threads)
+    dataset = arguments.data(args, [0])[0]
+    out = prepare(args.out or Path("results") / dataset.name, (TUNED, TUNED_FIGURE))
+    print(f"{dataset.name}: {len(dataset.y_train)} training and {len(dataset.y_test)} test rows ({dataset.source})")
+    print(tuning(dataset, _choose(args, dataset, chosen, settings, out), out))
+    return 0
 
 
 def _report(results: "Results", out: Path) -> int:

@@ -13,7 +13,12 @@ OnStep = Callable[[str, int, int, float], None]
 
 
 def compare(
-    datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings, out: Path, on_step: OnStep
+    datasets: Mapping[int, Dataset],
+    methods: Sequence[str],
+    settings: Settings,
+    out: Path,
+    on_step: OnStep,
+    tuned: Mapping[str, Settings] | None = None,
 ) -> Results:
     """Train and test every method on every seed's split, all seeds of a method together, and keep the results of each.
 
@@ -23,18 +28,19 @@ def compare(
         settings: What they share.
         out: Folder for ``results.json``; it exists.
         on_step: Called after each step with method, seed, gradients of the step and loss.
+        tuned: Settings of methods that have their own.
     Returns:
         The results. If a run was stopped, by a number that is not finite or by Ctrl-C, ``stopped`` says where, and no
         run follows.
     Raises:
         OutputError: If ``out`` cannot be written to any more.
     """
-    results = Results(datasets, methods, settings)
+    results = Results(datasets, methods, settings, tuned)
     results.save(out)  # what an earlier comparison left there must not pass for this one's
     for method in methods:
         for together in _of_one_size(datasets):
             try:
-                runs = train_together(together, method, settings, partial(on_step, method))
+                runs = train_together(together, method, results.settings_of(method), partial(on_step, method))
             except Diverged as error:
                 results.stop(error)
             except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam.study.catalogue import CATALOGUE, Spec, Task
-from pyro_sam.study.sources import fetch
+from pyro_sam.study.sources import Tables, fetch
 from pyro_sam.study.tables import Array, DataError, Table
 
 _TEST_FRACTION = {"classification": 0.2, "regression": 0.1}
@@ -78,7 +78,15 @@ def load(name: str, seed: int = 0, data_dir: Path | None = None) -> Dataset:
     if name not in CATALOGUE:
         raise DataError(f"the data set must be one of {', '.join(CATALOGUE)}, got {name!r}.")
     spec = CATALOGUE[name]
-    tables, source = fetch(spec, seed, data_dir)
+    return split(spec, *fetch(spec, seed, data_dir), seed)
+
+
+def split(spec: Spec, tables: Tables, source: str, seed: int) -> Dataset:
+    """Return tables as a data set: one is split by the seed, of two the second is for testing.
+
+    Raises:
+        DataError: If there are too few rows to split.
+    """
     train, test = tables if len(tables) == 2 else _split(spec, tables[0], seed)
     x_loc, x_scale = _moments(train.x, common=spec.image)
     y_loc, y_scale = _moments(train.y, common=True) if spec.task == "regression" else (0.0, 1.0)
@@ -90,7 +98,7 @@ def load(name: str, seed: int = 0, data_dir: Path | None = None) -> Dataset:
         return x, torch.tensor((table.y - y_loc) / y_scale, dtype=torch.float32)
 
     parts = (*tensors(train), *tensors(test))
-    return Dataset(name, spec.task, *parts, spec.num_classes, float(y_loc), float(y_scale), source)
+    return Dataset(spec.name, spec.task, *parts, spec.num_classes, float(y_loc), float(y_scale), source)
 
 
 def _split(spec: Spec, table: Table, seed: int) -> tuple[Table, Table]:

@@ -1,12 +1,18 @@
 """The comparison for a reader: a table and a figure."""
 
 import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_sam import plots
+from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.evaluate import METRICS
 from pyro_sam.study.output import write
-from pyro_sam.study.results import FIGURE, Moments, Results
+from pyro_sam.study.results import FIGURE, TUNED, TUNED_FIGURE, Moments, Results, finite
+from pyro_sam.study.train import train
+from pyro_sam.study.tuning import Choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +44,34 @@ def table(results: Results) -> str:
     text = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, stralign="right", colalign=("left",))
     notes = "; ".join(f"{metric}: {better[more]}" for metric, more in metrics.items() if metric != "coverage")
     return f"{text}\n{notes}"
+
+
+def tuning(dataset: Dataset, choices: Mapping[str, Choice], out: Path) -> str:
+    """Write what was chosen, with test metrics of a run on all training rows, and the picture; return the report."""
+    from tabulate import tabulate
+
+    metrics = METRICS[dataset.task]
+    found, rows = {}, []
+    for name, choice in choices.items():
+        run = train(dataset, name, choice.settings, seed=0)
+        found[name] = {"best": choice.best, "test": run.metrics, "trials": choice.table}
+        numbers = ", ".join(f"{key} {value:.3g}" for key, value in choice.best.items())
+        rows.append([name, numbers, f"{choice.table[0]['nll']:.4f}", *(f"{run.metrics[each]:.4f}" for each in metrics)])
+    content = {"dataset": dataset.name, "source": dataset.source, "methods": found}
+    write(out / TUNED, f"{json.dumps(finite(content), indent=2, allow_nan=False)}\n".encode())
+    figure = plots.tuning({name: choice.table for name, choice in choices.items()}, ax=_canvas()).figure
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    picture = write(out / TUNED_FIGURE, image.getvalue())
+    text = tabulate(rows, ["method", "chosen", "validation NLL", *metrics], disable_numparse=True, tablefmt="simple")
+    return f"{text}\nTest metrics are of one run on all training rows.\nresults: {out / TUNED}\nfigure:  {picture}"
+
+
+def _canvas() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained")).figure.subplots()
 
 
 def _cell(moments: Moments) -> str:

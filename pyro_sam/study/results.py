@@ -20,6 +20,8 @@ from pyro_sam.study.train import Diverged, Run
 
 RESULTS = "results.json"
 FIGURE = "compare.png"
+TUNED = "tune.json"
+TUNED_FIGURE = "tune.png"
 _PACKAGES = ("pyro-sam", "torch", "pyro-ppl", "numpy", "scikit-learn", "mlxtend", "torchmetrics")
 
 
@@ -38,9 +40,17 @@ class Results:
         datasets: The split of each seed.
         methods: Names of the methods, in the order of the table.
         settings: What they share.
+        tuned: Settings of methods that have their own.
     """
 
-    def __init__(self, datasets: Mapping[int, Dataset], methods: Sequence[str], settings: Settings) -> None:
+    def __init__(
+        self,
+        datasets: Mapping[int, Dataset],
+        methods: Sequence[str],
+        settings: Settings,
+        tuned: Mapping[str, Settings] | None = None,
+    ) -> None:
+        self._tuned = tuned or {}
         self.methods, self.settings = tuple(methods), settings
         self.runs: list[Run] = []
         self.stopped: dict[str, Any] | None = None
@@ -57,6 +67,10 @@ class Results:
                 for seed, data in datasets.items()
             },
         }
+
+    def settings_of(self, method: str) -> Settings:
+        """Return a method's settings."""
+        return self._tuned.get(method, self.settings)
 
     def stop(self, error: Diverged) -> None:
         """Note that a run was stopped."""
@@ -101,17 +115,18 @@ class Results:
         Raises:
             OutputError: If the folder cannot be written to any more; an earlier file is left as it was.
         """
-        text = json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False)
+        text = json.dumps(finite(self.as_dict()), indent=2, allow_nan=False)
         return write(out / RESULTS, f"{text}\n".encode())
 
     def _method(self, name: str) -> dict[str, Any]:
-        method = METHODS[name]
+        method, settings = METHODS[name], self.settings_of(name)
         return {
             "summary": method.summary,
-            "perturbation": repr(method.perturbation(self.settings)),
-            "rho": method.radius(self.settings),
+            "perturbation": repr(method.perturbation(settings)),
+            "kl_weight": settings.kl_weight,
+            "rho": method.radius(settings),
             "learn_scale": method.guide == "learnt",
-            "gradients_per_step": method.cost(self.settings),
+            "gradients_per_step": method.cost(settings),
         }
 
 
@@ -130,10 +145,10 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return ``value`` with None for every number that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

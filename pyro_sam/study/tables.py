@@ -80,7 +80,7 @@ def _check_targets(table: Table, num_classes: int | None) -> None:
 
 
 def read_npz(path: Path, *names: str) -> Mapping[str, Array]:
-    """Return the named arrays of a ``.npz`` file.
+    """Return the named arrays of a ``.npz`` file, or all of them.
 
     Raises:
         DataError: If the file is no such archive, or an array is missing or no array of numbers.
@@ -90,6 +90,7 @@ def read_npz(path: Path, *names: str) -> Mapping[str, Array]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} cannot be read as .npz: it holds one array without a name.")
+            names = names or tuple(archive)
             missing = [name for name in names if name not in archive]
             if missing:
                 held = ", ".join(archive) or "nothing"
@@ -132,15 +133,15 @@ def read_csv(path: Path, features: int) -> Table:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
-    rows = [(number, _cells(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [(place, _cells(line)) for place, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path} is empty: a data set needs at least one row.")
     width = features + 1
-    heading = rows.pop(0)[1] if any(_number(cell) is None for cell in rows[0][1]) else []
+    heading = rows.pop(0)[1] if any(number(cell) is None for cell in rows[0][1]) else []
     columns = (heading + [f"column {k + 1}" for k in range(len(heading), width)])[:width]
     if not rows:
         raise DataError(f"{path} is empty: it has a heading and no row.")
-    values = np.array([_values(path, number, cells, columns) for number, cells in rows])
+    values = np.array([_values(path, place, cells, columns) for place, cells in rows])
     return Table(values[:, :-1], values[:, -1], str(path), f"{path}, column {columns[-1]!r}", tuple(columns[:-1]))
 
 
@@ -151,7 +152,7 @@ def _cells(line: str) -> list[str]:
     return line.split()
 
 
-def _number(cell: str) -> float | None:
+def number(cell: str) -> float | None:
     """Return the number, NaN for a marker of a missing value, or None for other text."""
     if cell.lower() in ("", "?", "na", "n/a", "nan", "null"):
         return float("nan")
@@ -166,7 +167,7 @@ def _values(path: Path, line: int, row: list[str], columns: list[str]) -> list[f
         raise DataError(f"{path}, line {line}: {len(columns)} columns are needed, got {len(row)}.")
     values = []
     for cell, column in zip(row, columns, strict=False):
-        value = _number(cell)
+        value = number(cell)
         if value is None or not np.isfinite(value):
             raise DataError(f"{path}, line {line}, column {column!r}: a finite number is needed, got {cell!r}.")
         values.append(value)
