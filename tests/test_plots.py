@@ -177,3 +177,27 @@ def test_importing_the_package_imports_no_extra() -> None:
     code = code.replace("; {'", "; print({'") + ")"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def trials(law: str, values: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    return [{"kl_weight": weight, "nll": nll, "law": law} for weight, nll in values]
+
+
+def test_a_search_is_drawn_by_law_with_the_lower_envelope_of_its_trials(ax: Any) -> None:
+    one = [(1.0, 3.0), (0.1, 1.0), (0.01, 2.0), (0.3, 4.0), (0.03, float("nan"))]
+    rows = trials("Gaussian", one) + trials("Adversarial", [(1.0, 5.0)])
+    assert plots.tuning(rows, ax=ax) is ax
+    dots, envelope = ax.lines[:2]
+    assert dots.get_xydata().tolist() == [[0.01, 2.0], [0.1, 1.0], [0.3, 4.0], [1.0, 3.0]]
+    assert envelope.get_ydata().tolist() == [2.0, 1.0, 3.0, 3.0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Gaussian", "Adversarial"]
+    named = plots.tuning({"a": trials("", one), "b": trials("", one)})
+    assert [text.get_text() for text in named.get_legend().get_texts()] == ["a", "b"]
+    assert named.get_xlabel() == "kl_weight"
+
+
+def test_what_is_no_search_is_refused() -> None:
+    with pytest.raises(ValueError, match="x must be a setting in the table, such as 'kl_weight', got x='rho'"):
+        plots.tuning(trials("", [(1.0, 1.0)]), "rho")
+    with pytest.raises(ValueError, match="tables must hold a trial with a finite nll"):
+        plots.tuning(trials("", [(1.0, float("nan"))]))
