@@ -26,6 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_generated", "**/.ipynb_checkpoints"]
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"pyro_sam {release}"
 html_static_path = ["_static"]
 html_css_files = ["pyro_sam.css"]
@@ -71,5 +72,15 @@ def draw_plan() -> None:
     (HERE / "_generated" / "plan.svg").write_text(plan.svg())
 
 
+def list_more() -> None:
+    """List the pages that the start page does not name."""
+    named = (HERE / "index.md").read_text().splitlines()
+    found = sorted(path.relative_to(HERE).with_suffix("") for path in [*HERE.glob("*.md"), *HERE.glob("study/*.md")])
+    more = [str(page) for page in found if str(page) not in [*named, "index", "releasing"]]
+    lines = ["```{toctree}", ":hidden:", ":caption: More", "", *more, "```", ""]
+    (HERE / "_generated" / "more.md").write_text("\n".join(lines))
+
+
 copy_tutorials()
 draw_plan()
+list_more()
