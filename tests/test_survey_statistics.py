@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pyro_sam.study.survey.statistics import differences, mean_and_error, passes, verdicts
-from pyro_sam.study.survey.tables import report, summary
+from pyro_sam.study.survey.tables import report, sensitivity, summary
 
 
 def runs(data: str = "digits-120", **numbers: list[Any]) -> list[Any]:
@@ -79,3 +79,15 @@ def test_a_method_that_is_less_accurate_than_sam_is_named() -> None:
         row["metrics"]["accuracy"] = {"map": 0.8, "sam": 0.9, "mfvi": 0.9}[row["method"]] + 0.01 * row["seed"]
     line = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in summary(rows).splitlines()}
     assert (line["map"], line["sam"]) == ("digits-120", "")
+
+
+def test_alphas_are_paired_with_alpha_zero() -> None:
+    about = {"data": "digits-120", "method": "ascended"}
+    numbers = {0.0: MFVI, 3.0: MAP}
+    rows = [
+        {**about, "alpha": alpha, "seed": seed, "metrics": {"nll": value}}
+        for alpha, each in numbers.items()
+        for seed, value in enumerate(each)
+    ]
+    paired = np.array(MAP) - np.array(MFVI)
+    assert f"{paired.mean():+.3f} ± {stats.sem(paired):.3f}" in sensitivity(rows)

@@ -5,9 +5,13 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyro_sam.study import arguments
 from pyro_sam.study.output import OutputError
+
+if TYPE_CHECKING:
+    from pyro_sam.study.survey.records import Records
 
 _NEEDED = {
     "matplotlib": "bench",
@@ -37,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
            "processes with one folder share the work, and a killed study goes on")  # fmt: skip
     option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
     option("--flatness", action="store_true", help="compare the flatness of some methods at the same settings instead")
+    option("--sensitivity", action="store_true", help="train at several alphas, the rest as chosen for mfvi, instead")
     option("--report", action="store_true", help="train nothing: make tables and figures of the runs that there are")
 
 
@@ -56,36 +61,48 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     import torch
 
     from pyro_sam.study.survey.figures import draw
-    from pyro_sam.study.survey.flat import at_equal_settings
-    from pyro_sam.study.survey.methods import METHODS
-    from pyro_sam.study.survey.problems import SOURCES
-    from pyro_sam.study.survey.records import FLATNESS, Records
-    from pyro_sam.study.survey.sizes import SIZES
-    from pyro_sam.study.survey.studying import study
+    from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
     from pyro_sam.study.survey.tables import report
 
     torch.set_num_threads(1)
-    given = {"seeds": args.seeds, "trials": args.trials}
-    size = dataclasses.replace(SIZES[args.size], **{name: value for name, value in given.items() if value})
-    data = _known("--data", args.data, SOURCES) or list(size.data)
-    methods = _known("--methods", args.methods, METHODS) or list(METHODS)
     try:
         records = Records(args.out)
-        if args.flatness and not args.report:
-            for name in data:
-                gradients = round(SOURCES[name].gradients * size.gradients / 2)
-                records.add(at_equal_settings(name, gradients, size.seeds), FLATNESS)
-        elif not args.report:
-            study(data, methods, size, records, args.data_dir, say)
+        if not args.report:
+            _train(args, records, say)
         rows = records.read()
         if not rows:
             raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
-        text = report(rows, records.read(FLATNESS))
+        text = report(rows, records.read(FLATNESS), records.read(SENSITIVITY))
         (args.out / TABLES).write_text(text)
         say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(records)]))}")
     except OSError as error:
         raise OutputError(f"--out {args.out} cannot be written to: {error}") from error
     return 0
+
+
+def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], None]) -> None:
+    from pyro_sam.study.survey.flat import at_equal_settings
+    from pyro_sam.study.survey.methods import METHODS
+    from pyro_sam.study.survey.problems import SOURCES, Draws
+    from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY
+    from pyro_sam.study.survey.sensitivity import at_alphas
+    from pyro_sam.study.survey.sizes import SIZES
+    from pyro_sam.study.survey.studying import study
+
+    given = {"seeds": args.seeds, "trials": args.trials}
+    size = dataclasses.replace(SIZES[args.size], **{name: value for name, value in given.items() if value})
+    data = _known("--data", args.data, SOURCES) or list(size.data)
+    methods = _known("--methods", args.methods, METHODS) or list(METHODS)
+    if args.flatness:
+        for name in data:
+            gradients = round(SOURCES[name].gradients * size.gradients / 2)
+            records.add(at_equal_settings(name, gradients, size.seeds), FLATNESS)
+    elif args.sensitivity:
+        for name in data:
+            draws = Draws(SOURCES[name], args.data_dir, size.test_rows)
+            records.add(at_alphas(records.read(), draws, size.seeds), SENSITIVITY)
+    else:
+        study(data, methods, size, records, args.data_dir, say)
 
 
 def _known(option: str, given: list[str], names: object) -> list[str]:

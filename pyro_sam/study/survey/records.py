@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RUNS, FLATNESS = "runs.jsonl", "flatness.jsonl"
+RUNS, FLATNESS, SENSITIVITY = "runs.jsonl", "flatness.jsonl", "sensitivity.jsonl"
 
 
 class Records:
@@ -27,7 +27,7 @@ class Records:
         path = self.out / file
         lines = path.read_text().splitlines() if path.is_file() else []
         rows = [row for line in lines if (row := _row(line)) is not None]
-        return list({(row["data"], row["method"], row["seed"]): row for row in rows}.values())
+        return list({(row["data"], row["method"], row.get("alpha"), row["seed"]): row for row in rows}.values())
 
     def add(self, rows: list[dict[str, Any]], file: str = RUNS) -> None:
         """Append runs in one piece."""

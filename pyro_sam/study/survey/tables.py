@@ -25,13 +25,15 @@ def methods_of(rows: Rows) -> list[str]:
     return [name for name in METHODS if name in present]
 
 
-def report(rows: Rows, equal: Rows = ()) -> str:
-    """Return all tables: of the runs, and of flatness at equal settings."""
+def report(rows: Rows, equal: Rows = (), alphas: Rows = ()) -> str:
+    """Return all tables: of the runs, of flatness at equal settings, and of what alpha alone changes."""
     parts = [f"## {data}\n\n{results(rows, data)}\n\n{curves(rows, data)}" for data in data_of(rows)]
     parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
     parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
     if equal:
         parts.append(f"## Flatness at the same kl_weight, learning rate and number of steps\n\n{flatness(equal)}")
+    if alphas:
+        parts.append(f"## Test NLL by alpha, other settings as chosen for {BASELINE}\n\n{sensitivity(alphas)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,6 +124,20 @@ def flatness(rows: Rows) -> str:
             cells = [_mean(rows, data, name, measure, "flat") for measure in measures]
             lines += [[data, name, _mean(rows, data, name, "nll"), *cells]] if any(cells) else []
     return _table(lines, ["data", "method", "NLL", *measures])
+
+
+def sensitivity(alphas: Rows) -> str:
+    """Return the mean NLL at ``alpha`` 0, and the paired differences of the other alphas to it."""
+    values_of = sorted({row["alpha"] for row in alphas})
+    heads, lines = ["data", "method", "alpha 0", *(f"{alpha:g}" for alpha in values_of if alpha)], []
+    for data, name in dict.fromkeys((row["data"], row["method"]) for row in alphas):
+        found = [row for row in alphas if (row["data"], row["method"]) == (data, name)]
+        # each alpha as if it were a method, 0 the baseline
+        named = [{**row, "method": f"{row['alpha']:g}"} for row in found]
+        paired = differences(named, data, baseline="0")
+        cells = [_signed(paired.get(f"{alpha:g}")) for alpha in values_of if alpha]
+        lines.append([data, name, _mean(named, data, "0", "nll"), *cells])
+    return _table(lines, heads)
 
 
 def _mean(rows: Rows, data: str, method: str, metric: str, group: str = "metrics") -> str:
