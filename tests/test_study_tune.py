@@ -111,6 +111,21 @@ def test_compare_takes_what_was_chosen_for_each_method(tmp_path: Path, monkeypat
     assert len(kept["runs"]) == 2
 
 
+def test_each_method_is_trained_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyro_sam.study import compare
+
+    seen = {}
+
+    def train(datasets: Any, method: str, settings: Settings, on_step: Any) -> list[Any]:
+        seen[method] = settings
+        return []
+
+    monkeypatch.setattr(compare, "train_together", train)
+    own = dataclasses.replace(TINY, kl_weight=0.7)
+    compare.compare({0: tiny()}, ["mfvi", "sam"], TINY, tmp_path, lambda *args: None, {"sam": own})
+    assert seen == {"mfvi": TINY, "sam": own}
+
+
 @pytest.mark.parametrize("command", ["tune", "compare"])
 def test_a_users_own_file_is_learnt_from(command: str, tmp_path: Path) -> None:
     lines = [f"{k},{k % 5},{'abc'[k % 3]}" for k in range(60)]
