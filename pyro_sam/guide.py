@@ -51,8 +51,8 @@ class SAMRadius:
     .. math:: \mathrm{scale} = r / \sqrt d
 
     d is the number of the guide's latent scalars. Noise of length :math:`\sqrt d` moves them by r: that of
-    :class:`~pyro_sam.MixSAM` with its default ``rho=None`` exactly, that of :class:`~pyro_sam.Gaussian` (RandomSAM) to a
-    share of about :math:`1 / \sqrt{2d}`. Sites that ``SAM_ELBO(hide=...)`` leaves out are counted too.
+    :class:`~pyro_sam.MixSAM` with its default ``rho=None`` exactly, that of :class:`~pyro_sam.Gaussian` (RandomSAM) to
+    a share of about :math:`1 / \sqrt{2d}`. Sites that ``SAM_ELBO(hide=...)`` leaves out are counted too.
 
     Args:
         radius: r, in the units of the (unconstrained) latents, positive; SAM's are 0.05 to 0.2.
