@@ -225,8 +225,8 @@ def _warn_of_start(guide: Any) -> None:
     """Warn if an autoguide of Pyro's starts elsewhere than at weights that do not look like fresh ones."""
     if not type(guide).__module__.startswith("pyro.infer") or not getattr(guide, "prototype_trace", None):
         return
-    nodes = [node for _, node in guide.prototype_trace.iter_stochastic_nodes()]
-    proposed = [(node, (node["infer"] or {}).get("init_value")) for node in nodes]
+    nodes: Any = guide.prototype_trace.nodes.values()  # AutoStructured keeps little of them
+    proposed = [(node, (node["infer"] or {}).get("init_value")) for node in nodes if {"infer", "value"} <= node.keys()]
     away = [
         node["name"]
         for node, weight in proposed
