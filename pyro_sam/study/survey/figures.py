@@ -47,15 +47,15 @@ def _curves(rows: Rows, path: Path, make: Any) -> Path:
     figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
     axes = _axes(figure, len(data))
     for axis, name in zip(axes, data, strict=False):
-        for method in _CURVES:
+        for k, method in enumerate(_CURVES):
             curves = [row["curve"] for row in rows if (row["data"], row["method"]) == (name, method) and "curve" in row]
             if curves:
                 array = np.array(curves, dtype=float)
-                axis.plot(array[0, :, 0], array[:, :, 1].mean(0), marker=".", label=method)
+                axis.plot(array[0, :, 0], array[:, :, 1].mean(0), marker=".", color=f"C{k}", label=method)
         axis.set(title=name, xlabel="gradients", ylabel="test NLL", xscale="log")
     for axis in axes[len(data) :]:
         axis.set_axis_off()
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES))
     figure.savefig(path, dpi=150)
     return path
 
@@ -87,15 +87,17 @@ def _trials(records: Records, path: Path, make: Any) -> Path:
     figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
     axes = _axes(figure, len(data))
     for axis, name in zip(axes, data, strict=False):
-        for method in _CURVES:
+        for k, method in enumerate(_CURVES):
             trials = found.get((name, method), [])
-            axis.plot(*zip(*trials, strict=True) if trials else ([], []), ".", markersize=4, label=method)
+            axis.plot(
+                [w for w, _ in trials], [nll for _, nll in trials], ".", color=f"C{k}", markersize=4, label=method
+            )
         lowest = sorted(nll for (each, _), trials in found.items() if each == name for _, nll in trials)
         axis.set(title=name, xlabel="kl_weight", ylabel="validation NLL", xscale="log")
         axis.set_ylim(lowest[0] - 0.05 * abs(lowest[0]), lowest[int(0.6 * len(lowest))])
     for axis in axes[len(data) :]:
         axis.set_axis_off()
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES))
     figure.savefig(path, dpi=150)
     return path
 
