@@ -19,7 +19,8 @@ from pyro_sam.study.survey.bsam import BSAM
 from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
-from pyro_sam.study.survey.records import Records
+from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
+from pyro_sam.study.survey.sensitivity import ALPHAS
 from pyro_sam.study.survey.training import Task, apart, network, train
 from tests import survey_worker
 
@@ -224,6 +225,23 @@ def test_the_command_makes_tables_and_figures(tmp_path: Path, monkeypatch: Any, 
     assert cli.main(["study", "--report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "runs.jsonl").read_text() == before
     assert "| map" in capsys.readouterr().out
+
+
+def test_the_command_measures_flatness_and_the_effect_of_alpha(finished: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["study", "--quick", "--data", "digits-60", "--seeds", "2", "--out", str(finished)]
+    assert cli.main([*words, "--flatness"]) == cli.main([*words, "--sensitivity"]) == 0
+    flat, alphas = (Records(finished).read(name) for name in (FLATNESS, SENSITIVITY))
+    assert {tuple(row["settings"].values())[:2] for row in flat} == {(0.01, 0.001)}
+    assert all(0 < row["flat"]["lambda_max"] <= row["flat"]["trace"] for row in flat)
+    base = next(row for row in Records(finished).read() if row["method"] == "mfvi")
+    assert {(row["method"], row["alpha"]) for row in alphas} == {
+        (name, alpha) for name in ("ascended", "ascended-previous") for alpha in ALPHAS
+    }
+    assert base["gradients"] == survey_worker.SOURCE.gradients
+    text = (finished / "study.md").read_text()
+    assert "## Flatness at the same kl_weight" in text
+    assert "## Test NLL by alpha" in text
 
 
 @pytest.mark.parametrize(
