@@ -585,7 +585,7 @@ HANDLERS = [
         "another scale around", simple, under(lambda: poutine.scale(scale=0.3)), under(lambda: poutine.scale(scale=2.0))
     ),
     Scenario("mask around", simple, under(lambda: poutine.mask(mask=False)), outside, tells=True),
-    Scenario("mask of rows around", simple, under(lambda: poutine.mask(mask=torch.arange(ROWS) < 6)), outside),
+    Scenario("mask of one number around", simple, under(lambda: poutine.mask(mask=torch.tensor(False))), outside),
     Scenario(
         "condition an observed site", of_scale, under(lambda: poutine.condition(data={"s": torch.tensor(2.0)})), outside
     ),
@@ -1174,8 +1174,9 @@ def pieces(x: Tensor, y: Tensor, lengths: Any) -> None:
 
 
 def weighted(x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+    w = two_weights()
     with poutine.scale(scale=1.0 if weights is None else weights):
-        regression(x, y)
+        observe(x, y, product(x, w))
 
 
 def masked(x: Tensor, y: Tensor, there: Tensor) -> None:

@@ -13,6 +13,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -167,9 +168,10 @@ class FlatPasses(Passes):
         """Check the shapes of a run of a known kind whose sizes are new."""
         if not is_validation_enabled():
             return
-        sites = [dict(site) for site in run.nodes.values() if site["is_observed"]]
+        sites = [dict(site) for name, site in run.nodes.items() if site["is_observed"] or name in run.values]
         for site in sites:
-            site["log_prob"] = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
         check_shapes(sites, self._pair.known_nesting(self._settings))
         warn_of_sizes(self._pair, self._settings, run.nodes, run.values)
 

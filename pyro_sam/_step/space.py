@@ -155,7 +155,7 @@ def _scale_gradient(ran: Ran, mean_gradients: Sequence[Tensor], *, by_row: bool)
     if not mean_gradients:
         return 0.0
     terms = [g * shift for g, shift in zip(mean_gradients, ran.displacements(), strict=True)]
-    terms = [term.flatten(1).sum(-1) if by_row else term.sum() for term in terms]
+    terms = [term.reshape(len(term), -1).sum(-1) if by_row else term.sum() for term in terms]
     linear: Any = sum(terms)
     return linear - linear.detach()
 
