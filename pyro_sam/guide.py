@@ -1,11 +1,11 @@
 r"""The mean-field Normal guide, with plain Normal sites so that the KL is in closed form."""
 
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import pyro.distributions as dist
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
-from pyro_sam._base.arguments import flag, function, positive, positive_int
+from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.fresh import fresh_weights
+from pyro_sam._base.initial_scale import SAMRadius, check_rule, initial_scale, small_start
 from pyro_sam._base.replicas import mark, of_replica
 from pyro_sam._base.takeover import note_made
 from pyro_sam._flat.recorder import only_parameters_are_traced
@@ -42,43 +43,6 @@ def init_to_value_or_feasible(site: Any = None) -> Any:
         return init_to_value_or_feasible
     value = (site["infer"] or {}).get("init_value")
     return init_to_feasible(site) if value is None else value.detach().clone()
-
-
-@dataclass(frozen=True)
-class SAMRadius:
-    r"""Initial scale of a guide in SAM's units: Gaussian noise then moves all latents together by ``radius``.
-
-    .. math:: \mathrm{scale} = r / \sqrt d
-
-    d is the number of the guide's latent scalars. Noise of length :math:`\sqrt d` moves them by r: that of
-    :class:`~pyro_sam.MixSAM` with its default ``rho=None`` exactly, that of :class:`~pyro_sam.Gaussian` (RandomSAM) to
-    a share of about :math:`1 / \sqrt{2d}`. Sites that ``SAM_ELBO(hide=...)`` leaves out are counted too.
-
-    Args:
-        radius: r, in the units of the (unconstrained) latents, positive; SAM's are 0.05 to 0.2.
-    Raises:
-        ValueError: If ``radius`` is not positive and finite.
-    """
-
-    radius: float
-
-    def __post_init__(self) -> None:
-        """Check the argument."""
-        positive("radius", self.radius)
-
-
-def small_start(site: Any) -> float:
-    r"""Return the scale that a guide starts a site at if it is not told: next to nothing for a network's weights.
-
-    .. math:: 0.01 / \sqrt n
-
-    for a weight of a :class:`~pyro_sam.BayesianModule` with fan-in n, the number of elements of ``weight[0]`` (1 for
-    biases and other vectors), so that a layer begins with as little noise whatever its width; 0.1 for any other latent,
-    as in Pyro's ``AutoNormal``.
-    """
-    if (site["infer"] or {}).get("init_value") is None:
-        return 0.1
-    return 0.01 / math.sqrt(max(site["fn"].event_shape[1:].numel(), 1))
 
 
 class MeanFieldNormal(AutoNormal):
@@ -136,8 +100,7 @@ class MeanFieldNormal(AutoNormal):
         # a site that is summed out is not the guide's
         continuous = poutine.block(model, hide_fn=is_marked)
         super().__init__(continuous, init_loc_fn=init_loc_fn, create_plates=create_plates)
-        if isinstance(init_scale, type) or not (callable(init_scale) or isinstance(init_scale, SAMRadius)):
-            _check_init_scale(init_scale, "")
+        check_rule(init_scale)
         self.init_scale = init_scale
         self.learn_scale = learn_scale
         self.num_replicas = num_replicas
@@ -189,8 +152,8 @@ class MeanFieldNormal(AutoNormal):
     def replica(self, r: int) -> "MeanFieldNormal":
         """Return a replica as a guide of its own, with copies of its parameters.
 
-        In the param store they are named after it, ``MeanFieldNormal_3.locs.NAME``; those of an earlier copy of the
-        same replica are replaced.
+        In the param store they are named after it, ``MeanFieldNormal_3.locs.NAME``, or ``MeanFieldNormal_3_1`` and so
+        on where another copy that is still in use has that name.
 
         Args:
             r: Number of the replica, from 0.
@@ -205,10 +168,8 @@ class MeanFieldNormal(AutoNormal):
             learn_scale=self.learn_scale,
             create_plates=self.create_plates,
         )
-        single._pyro_name = f"{self._pyro_name}_{r}"
-        store = pyro.get_param_store()
-        for name in [name for name in store if name.startswith(f"{single._pyro_name}.")]:
-            del store[name]
+        single._pyro_name = _free_name(f"{self._pyro_name}_{r}")
+        _copies[single._pyro_name] = single
         single.prototype_trace, single._prototype_frames = self.prototype_trace, self._prototype_frames
         single._event_dims = dict(self._event_dims)
         single.locs = PyroModule()
@@ -346,26 +307,8 @@ class MeanFieldNormal(AutoNormal):
         return trace.iter_stochastic_nodes()
 
     def _initial_scale(self, site: Any, loc: Tensor) -> Tensor:
-        scale = self.init_scale(site) if callable(self.init_scale) else self.init_scale
-        if isinstance(scale, SAMRadius):
-            number = sum(each.numel() for each in self._locs().values()) // (self.num_replicas or 1)
-            scale = scale.radius / math.sqrt(number)
-        where = f" at site '{site['name']}'"
-        if not isinstance(scale, Tensor):
-            _check_init_scale(scale, where)
-            return torch.full_like(loc, scale)
-        if scale.device.type != "meta" and not bool(((scale > 0) & scale.isfinite()).all()):
-            raise ValueError(
-                f"init_scale must be positive and finite{where}, got a tensor with minimum {float(scale.min()):g} and "
-                f"maximum {float(scale.max()):g}."
-            )
-        try:
-            return scale.detach().to(loc).expand_as(loc).clone()
-        except RuntimeError as error:
-            raise ValueError(
-                f"init_scale must broadcast to the loc's shape {tuple(loc.shape)}{where}, got shape "
-                f"{tuple(scale.shape)}."
-            ) from error
+        number = sum(each.numel() for each in self._locs().values()) // (self.num_replicas or 1)
+        return initial_scale(self.init_scale, site, loc, number)
 
     def _set_scale(self, name: str, scale: Tensor) -> None:
         if self.learn_scale:
@@ -436,6 +379,18 @@ class MeanFieldNormal(AutoNormal):
         return result
 
 
+_copies: WeakValueDictionary[str, MeanFieldNormal] = WeakValueDictionary()  # of replicas, in use, by name
+
+
+def _free_name(name: str) -> str:
+    """Return a name that no copy in use has, and take what an earlier one of that name left out of the store."""
+    free = next(each for k in itertools.count() if (each := f"{name}_{k}" if k else name) not in _copies)
+    store = pyro.get_param_store()
+    for left in [left for left in store if left.startswith(f"{free}.")]:
+        del store[left]
+    return free
+
+
 def _check_parameters(model: Any) -> None:
     own = [name for name, site in model.nodes.items() if site["type"] == "param"]
     if own:
@@ -452,11 +407,6 @@ def _owner(module: PyroModule, name: str) -> Any:
     """Return the module that has the last part of a dotted name."""
     path = name.rpartition(".")[0]
     return attrgetter(path)(module) if path else module
-
-
-def _check_init_scale(scale: Any, where: str) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ValueError(f"init_scale must be a positive finite number{where}, got init_scale={scale!r}.")
 
 
 def _simplify(transform: Transform) -> Transform | None:

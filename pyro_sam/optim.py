@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pyro_sam._base.arguments import per_replica, positive
+from pyro_sam._base.arguments import numbers, positive
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._base.replicas import norms, number_in
 from pyro_sam._base.torch_optimisers import (
@@ -90,7 +90,7 @@ class JointOptim(PyroOptim):
         self._rates: tuple[float, ...] | None = None  # one for each replica
         rates = optim_args.get("lr") if isinstance(optim_args, dict) else None
         if isinstance(rates, Sequence) or (isinstance(rates, Tensor) and rates.dim() == 1):
-            self._rates = per_replica(positive, "lr", rates)
+            self._rates = numbers(positive, "lr", rates)
             optim_args = {**optim_args, "lr": max(self._rates)}  # type: ignore[dict-item]
             check_proportional(optim_constructor)
         super().__init__(optim_constructor, optim_args)

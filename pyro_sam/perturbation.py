@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyro_sam._base.arguments import PerReplica, finite, non_negative, one_of, per_replica
+from pyro_sam._base.arguments import Numbers, finite, non_negative, numbers, one_of
 
 __all__ = ["Adversarial", "AscendedSample", "Gaussian", "Mean", "MixSAM", "Mixture", "NoiseSpace", "Perturbation"]
 
@@ -99,7 +99,7 @@ class NoiseSpace(ABC):
         """Apply ``function`` to each group of ``vectors`` (norms run over its last dimension) and join the results."""
         return self.join([function(*group) for group in zip(*map(self.groups, vectors), strict=True)])
 
-    def number(self, value: PerReplica, like: Tensor) -> float | Tensor:
+    def number(self, value: Numbers, like: Tensor) -> float | Tensor:
         """Return a law's number in a form that multiplies ``like``, whose first dimension runs over the rows.
 
         Args:
@@ -203,7 +203,7 @@ class Adversarial(Perturbation):
         arXiv:2102.11600, Eq. 9; Kim et al. (2022), arXiv:2206.04920, Eq. 8.
     """
 
-    rho: PerReplica | None = 1.0
+    rho: Numbers | None = 1.0
     _: KW_ONLY
     steps: int = 1
     ord: float = 2
@@ -215,7 +215,7 @@ class Adversarial(Perturbation):
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.rho is not None:
-            object.__setattr__(self, "rho", per_replica(non_negative, "rho", self.rho))
+            object.__setattr__(self, "rho", numbers(non_negative, "rho", self.rho))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got steps={self.steps!r}.")
         if not isinstance(self.ord, int | float) or self.ord not in (2, math.inf):
@@ -298,16 +298,16 @@ class MixSAM(Perturbation):
         Ujváry et al. (2022), arXiv:2210.10452.
     """
 
-    rho: PerReplica | None = None
-    kappa: PerReplica = 1.0
+    rho: Numbers | None = None
+    kappa: Numbers = 1.0
 
     ascends_from_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.rho is not None:
-            object.__setattr__(self, "rho", per_replica(non_negative, "rho", self.rho))
-        object.__setattr__(self, "kappa", per_replica(non_negative, "kappa", self.kappa))
+            object.__setattr__(self, "rho", numbers(non_negative, "rho", self.rho))
+        object.__setattr__(self, "kappa", numbers(non_negative, "kappa", self.kappa))
 
     def noise(self, space: NoiseSpace) -> Tensor:
         """Return the mixed direction at length ``rho``."""
@@ -342,11 +342,11 @@ class AscendedSample(Perturbation):
         ValueError: If ``alpha`` is not finite.
     """
 
-    alpha: PerReplica = 1.0
+    alpha: Numbers = 1.0
 
     def __post_init__(self) -> None:
         """Check the argument."""
-        object.__setattr__(self, "alpha", per_replica(finite, "alpha", self.alpha))
+        object.__setattr__(self, "alpha", numbers(finite, "alpha", self.alpha))
 
     def noise(self, space: NoiseSpace) -> Tensor:
         """Return the climbed sample."""

@@ -503,6 +503,7 @@ def climbing(start: str) -> Callable[[], World]:
 # ---- settings
 
 NOT_FOR_MEAN = {"previous": "scale_gradient='mean' is for ascent='fresh'"}
+ROWS_BY_PARTICLE = {"vectorised": "Pyro allows each site as many dimensions as the particles' plate takes"}
 ONLY_COMPILED = dict.fromkeys(
     ("lean", "vectorised", "previous", "particles"), "a guide of one's own takes ordinary steps"
 )
@@ -585,6 +586,14 @@ HANDLERS = [
         "another scale around", simple, under(lambda: poutine.scale(scale=0.3)), under(lambda: poutine.scale(scale=2.0))
     ),
     Scenario("mask around", simple, under(lambda: poutine.mask(mask=False)), outside, tells=True),
+    Scenario(
+        "mask of rows around",
+        simple,
+        under(lambda: poutine.mask(mask=torch.arange(ROWS) < 6)),
+        then_reseed(outside),
+        not_for=ROWS_BY_PARTICLE,
+        fails=True,
+    ),
     Scenario("mask of one number around", simple, under(lambda: poutine.mask(mask=torch.tensor(False))), outside),
     Scenario(
         "condition an observed site", of_scale, under(lambda: poutine.condition(data={"s": torch.tensor(2.0)})), outside
@@ -1179,6 +1188,11 @@ def weighted(x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         observe(x, y, product(x, w))
 
 
+def weighted_all(x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+    with poutine.scale(scale=1.0 if weights is None else weights):
+        regression(x, y)
+
+
 def masked(x: Tensor, y: Tensor, there: Tensor) -> None:
     w = two_weights()
     with poutine.mask(mask=there):
@@ -1344,6 +1358,14 @@ ARGUMENTS = [
         free(weighted, first, second, None),
         given(first, second, lambda x, y: y.abs()),
         given(first, second, None),
+    ),
+    Scenario(
+        "weights of rows around all sites",
+        free(weighted_all, first, second, None),
+        given(first, second, lambda x, y: y.abs()),
+        then_reseed(given(first, second, None)),
+        not_for=ROWS_BY_PARTICLE,
+        fails=True,
     ),
     Scenario(
         "mask of rows as an argument",

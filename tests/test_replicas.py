@@ -1,7 +1,9 @@
 """Replicas: each is what a run of its own would be, whatever becomes of the others."""
 
+import gc
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -214,6 +216,12 @@ def test_each_setting_is_that_of_a_run_of_its_own(
         monkeypatch.setattr("pyro_sam._step.handlers.standard_normal", lambda core: torch.zeros(core.loc.shape) + 0.5)
     make, y = MODELS["mlp"]
     agree(noise, make(), y, law, fast=fast, **settings)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_scalar_latent_has_its_scale_gradient_at_the_mean(noise: Noise, fast: bool) -> None:
+    make, y = MODELS["latents"]
+    agree(noise, make(), y, "Adversarial", fast=fast, scale_gradient="mean")
 
 
 def _one_by_one(elbo: Any, guide: Any) -> Any:
@@ -458,6 +466,29 @@ def test_one_replica_is_a_guide_of_its_own_saved_and_loaded_alone() -> None:
     SVI(model, fresh, pyro.optim.Adam({"lr": 0.05}), ps.SAM_ELBO()).step(X, LABELS)
 
 
+def test_a_copy_of_a_replica_keeps_its_parameters_when_another_is_made() -> None:
+    """Two trainings' replicas have one name each in Pyro's store, which decides whose parameters a guide has."""
+    model = MODELS["mlp"][0]()
+    guide = ps.MeanFieldNormal(model, num_replicas=R).initialize(X, LABELS)
+    first = guide.replica(1)
+    first(X, LABELS)
+    before = {name: value.clone() for name, value in first.median().items()}
+    with torch.no_grad():
+        for param in guide.parameters():
+            param.add_(1.0)
+    second = guide.replica(1)
+    second(X, LABELS)
+    first(X, LABELS)
+    for name, value in first.median().items():
+        assert torch.equal(value, before[name])
+        assert not torch.equal(value, second.median()[name])
+    used = len(pyro.get_param_store())
+    del first, second
+    gc.collect()
+    guide.replica(1)(X, LABELS)  # takes a name that nobody uses any more
+    assert len(pyro.get_param_store()) == used
+
+
 def test_predictions_mix_the_replicas() -> None:
     model = MODELS["mlp"][0]()
     guide = ps.MeanFieldNormal(model, init_scale=1e-6, num_replicas=R).initialize(X, LABELS)
@@ -566,3 +597,21 @@ def test_the_sentinel_sees_a_wrong_replica(monkeypatch: pytest.MonkeyPatch) -> N
         svi.step(X, LABELS)
     with pytest.warns(UserWarning, match="gave other numbers than the ordinary one"):
         svi.step(X, LABELS)
+
+
+@pytest.mark.watched
+def test_the_sentinel_passes_over_a_model_that_has_come_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout that is switched on just before a step that is looked at draws one by one in another order."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 2)).eval()
+    model = classifier(net)
+    elbo = ps.SAM_ELBO()
+    svi = SVI(model, ps.MeanFieldNormal(model, num_replicas=R), pyro.optim.Adam({"lr": 0.01}), elbo)
+    for _ in range(2):
+        svi.step(X, LABELS)
+    net.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.step(X, LABELS)  # the second fast step: it is looked at
+    assert pair_of(elbo).fast_steps == 2
+    assert pair_of(elbo).draws
+    assert not pair_of(elbo).slow

@@ -47,8 +47,12 @@ def test_a_method_is_the_papers_law_and_guide(name: str, law: ps.Perturbation, l
 
 @pytest.mark.parametrize("name", ["random-sam", "mix-sam"])
 def test_the_fixed_scale_of_a_radius_makes_noise_of_that_length(name: str) -> None:
-    scale = METHODS[name].init_scale(Settings(rho={name: 0.5}), num_weights=10_000)
-    assert math.isclose(scale * torch.randn(10_000).norm(), 0.5, rel_tol=0.03)
+    def model() -> None:
+        pyro.sample("w", pyro.distributions.Normal(torch.zeros(10_000), 1.0).to_event(1))
+
+    scale = METHODS[name].init_scale(Settings(rho={name: 0.5}))
+    guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=False).initialize()
+    assert math.isclose((guide.scales.w * torch.randn(10_000)).norm(), 0.5, rel_tol=0.03)
 
 
 def test_seconds_leave_out_what_warms_up_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 # a number, or one for each replica
-PerReplica = float | tuple[float, ...]
+Numbers = float | tuple[float, ...]
 
 
 def finite(name: str, value: float) -> float:
@@ -33,7 +33,7 @@ def non_negative(name: str, value: float) -> float:
     return float(value)
 
 
-def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> Any:
+def numbers(check: Callable[[str, float], float], name: str, value: Any) -> Any:
     """Return a number as it is, and a sequence or a vector of them, one a replica, as a tuple of floats.
 
     Raises:
@@ -47,8 +47,8 @@ def per_replica(check: Callable[[str, float], float], name: str, value: Any) -> 
         return single
     if not value:
         raise ValueError(f"{name} must be a number, or one for each replica, got {name}={value!r}.")
-    numbers: Any = value
-    return tuple(check(f"{name}[{r}]", number) for r, number in enumerate(numbers))
+    each: Any = value
+    return tuple(check(f"{name}[{r}]", number) for r, number in enumerate(each))
 
 
 def positive_int(name: str, value: int) -> int:

@@ -1,5 +1,6 @@
 """Replicas: which tensors have one row for each, and which arguments each has its own of."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,3 +88,30 @@ def norms(tensors: list[Tensor], number: int) -> Tensor:
     """Return the norm over several tensors of each replica's rows, shape ``(R,)``."""
     rows = [torch.linalg.vector_norm(tensor.reshape(number, -1), dim=-1) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(rows), dim=0)
+
+
+def check_statistics(modules: Iterable[Any]) -> None:
+    """Check that no module keeps statistics of what runs through it.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for module in modules:
+        if module.training and getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, "
+                "build it with track_running_stats=False, use GroupNorm, or train without num_replicas."
+            )
+
+
+def sum_of(loss: Any) -> Any:
+    """Return the sum over replicas."""
+    return loss.sum() if isinstance(loss, Tensor) and loss.dim() else loss
+
+
+def sum_of_good(loss: Any) -> Any:
+    """Return the sum over the replicas whose loss is finite, if there is one."""
+    if not (isinstance(loss, Tensor) and loss.dim()):
+        return loss
+    good = loss.isfinite()
+    return loss.where(good, 0).sum() if bool(good.any()) else loss.sum()

@@ -6,6 +6,7 @@ Where a run cannot be mapped (a value read as a number, a layer without a rule) 
 :class:`~pyro_sam._flat.recorder.Surprise`, and the replicas run one after the other.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,6 +31,8 @@ from pyro_sam._step.dependence import reaches
 from pyro_sam._step.loss import data_loss_of
 from pyro_sam._step.memory import Average
 from pyro_sam._step.passes import Dependence, Loss
+
+log = logging.getLogger(__name__)
 
 
 class _Run(NamedTuple):
@@ -116,13 +119,12 @@ class ReplicaPasses(FlatPasses):
             with checks.collected() as conditions:
                 values = dict(zip(names, by_site, strict=True))
                 run = Recorder(values, self._held, self._bookmarks, self._looked_at, self.buffers)
-                if self._pair.draws is None:
-                    run.streams = RandomState.capture().fingerprint()
+                captures = torch._C._len_torch_dispatch_stack() > 0  # a run before it has looked
+                run.streams = None if captures else RandomState.capture().fingerprint()
                 with run:
                     call.run_model()
-                if self._pair.draws is None:
-                    run.look_at_streams()
-                    self._pair.draws = run.draws
+                run.look_at_streams()
+                self._pair.draws = self._pair.draws if captures else run.draws
                 data = data_loss_of(run.nodes.values())
                 kl, estimate, known = self._kl_of(run, q) if ends else (0.0, False, None)
             holds = None if conditions is None else conditions.hold()
@@ -137,7 +139,9 @@ class ReplicaPasses(FlatPasses):
         except RuntimeError as error:
             if "vmap" not in str(error) and "atching rule" not in str(error):
                 raise
-            self._pair.unmappable = str(error).splitlines()[0]
+            if not self._pair.unmappable:
+                self._pair.unmappable = str(error).splitlines()[0]
+                log.warning("replicas run one after the other, which is slow: %s", self._pair.unmappable)
             raise Surprise from error
         known, estimate, served, has_kl, has_holds = found
         if has_holds:

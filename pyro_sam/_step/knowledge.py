@@ -43,7 +43,8 @@ class Pair:
         slow: Why only ordinary steps are taken, if so.
         lost: Replicas that have been warned of.
         unmappable: Why replicas run one after the other, if so.
-        draws: Whether the model draws random numbers besides its plates' indices; None if not known.
+        draws: Whether the model drew random numbers besides its plates' indices in the last run mapped over replicas;
+            None if there was none.
     """
 
     model: Any

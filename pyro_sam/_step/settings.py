@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from pyro_sam._base.arguments import PerReplica, finite, flag, non_negative, one_of, per_replica, positive_int
+from pyro_sam._base.arguments import Numbers, finite, flag, non_negative, numbers, one_of, positive_int
 from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, MixSAM, Mixture, Perturbation
 
 ScaleGradient = Literal["perturbed", "mean"]
@@ -25,7 +25,7 @@ class Settings:
     """
 
     perturbation: Perturbation = field(default_factory=AscendedSample)
-    kl_weight: PerReplica = 1.0
+    kl_weight: Numbers = 1.0
     scale_gradient: ScaleGradient = "perturbed"
     scope: Scope = "global"
     hide: Any = frozenset()
@@ -63,7 +63,7 @@ class Settings:
                 "max_plate_nesting must be a whole number of at least 0, or infinity, got "
                 f"max_plate_nesting={self.max_plate_nesting!r}."
             )
-        weight = per_replica(non_negative, "kl_weight", self.kl_weight)
+        weight = numbers(non_negative, "kl_weight", self.kl_weight)
         object.__setattr__(self, "kl_weight", weight if isinstance(weight, tuple) else float(weight))
         object.__setattr__(self, "hide", self.hide if callable(self.hide) else _names(self.hide))
         _check_ascent(self)

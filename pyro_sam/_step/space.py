@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sam._base.arguments import PerReplica
+from pyro_sam._base.arguments import Numbers
 from pyro_sam._base.ranks import mean_over_ranks
 from pyro_sam._step.memory import StepMemory, version
 from pyro_sam._step.passes import Loss, Passes, Ran
@@ -44,7 +44,7 @@ class Space(NoiseSpace):
         passes: Passes,
         law: Perturbation,
         settings: Settings,
-        kl_weight: PerReplica | Tensor,
+        kl_weight: Numbers | Tensor,
         memory: StepMemory | None,
     ) -> None:
         super().__init__(passes.num_particles)

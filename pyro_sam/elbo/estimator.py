@@ -5,7 +5,7 @@ r"""SAM_ELBO: the ELBO whose reparameterised sample is replaced by a chosen nois
 The noise ``e`` is a constant of the outer gradient, which reaches loc and scale through ``T``. The KL never sees ``e``.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_sam._base import takeover
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState
-from pyro_sam._base.replicas import check_own
+from pyro_sam._base.replicas import check_own, check_statistics, sum_of, sum_of_good
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
@@ -179,7 +179,7 @@ class SAM_ELBO(ELBO):
         total: Loss = 0.0
         for particle in self._particles(call, pair, settings):
             total = total + particle.loss(graph=False).value / settings.num_particles
-        return _number(_sum_of_good(total))
+        return _number(sum_of_good(total))
 
     @explained
     def differentiable_loss(
@@ -192,11 +192,11 @@ class SAM_ELBO(ELBO):
         def take(settings: Settings) -> Any:
             replay = self._replay(call, pair, settings)
             if replay is not None:
-                return _sum(replay.differentiable())
+                return sum_of(replay.differentiable())
             total: Any = 0.0
             for particle in self._particles(call, pair, settings):
                 total = total + particle.loss().loss / settings.num_particles
-            return _sum(total)
+            return sum_of(total)
 
         if self._is_watched(pair, settings):
             return sentinel.watched_loss(
@@ -235,7 +235,7 @@ class SAM_ELBO(ELBO):
             terms.append(found.terms)
         self._last_terms = Terms(*(_mean(each) for each in zip(*terms, strict=True)))
         self._note_losses(total)
-        return _number(_sum_of_good(total))
+        return _number(sum_of_good(total))
 
     @property
     def replica_losses(self) -> Tensor | None:
@@ -270,7 +270,7 @@ class SAM_ELBO(ELBO):
         number = num_replicas(call.guide)
         pair = self._knowledge.of(call)
         if number is not None:
-            _check_statistics(pair.surroundings(call).modules)
+            check_statistics(pair.surroundings(call).modules)
         call = pair.complete(call, fast=_may_be_flat(call, pair, settings))
         if settings.together > 1:  # where a trial run is needed, it comes first, as in Pyro's estimators
             pair.nesting(settings, call.with_functions(call.model, follow_minibatch(call)))
@@ -341,30 +341,8 @@ def _may_be_flat(call: Call, pair: Pair, settings: Settings) -> bool:
     return isinstance(call.guide, MeanFieldNormal) and call.guide.can_be_flat()
 
 
-def _check_statistics(modules: Iterable[Any]) -> None:
-    for module in modules:
-        if module.training and getattr(module, "running_mean", None) is not None:
-            raise ValueError(
-                f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, "
-                "build it with track_running_stats=False, use GroupNorm, or train without num_replicas."
-            )
-
-
-def _sum(loss: Any) -> Any:
-    """Return the sum over replicas."""
-    return loss.sum() if isinstance(loss, Tensor) and loss.dim() else loss
-
-
-def _sum_of_good(loss: Any) -> Any:
-    """Return the sum over the replicas whose loss is finite, if there is one."""
-    if not (isinstance(loss, Tensor) and loss.dim()):
-        return loss
-    good = loss.isfinite()
-    return loss.where(good, 0).sum() if bool(good.any()) else loss.sum()
-
-
 def _backward(found: Evaluated, number: int, retain_graph: bool | None) -> None:
-    loss = _sum(found.loss)
+    loss = sum_of(found.loss)
     if isinstance(loss, Tensor) and loss.requires_grad:
         (loss / number if number > 1 else loss).backward(retain_graph=retain_graph)
         found.finish()

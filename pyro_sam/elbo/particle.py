@@ -12,7 +12,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_sam._base.arguments import PerReplica
+from pyro_sam._base.arguments import Numbers
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._flat.passes import FlatPasses, KnownModel
@@ -68,7 +68,7 @@ class Particle:
     pair: Pair
     settings: Settings
     law: Perturbation
-    kl_weight: PerReplica | Tensor
+    kl_weight: Numbers | Tensor
     memory: StepMemory | None
     fast: bool
 

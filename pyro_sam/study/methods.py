@@ -12,7 +12,6 @@ References:
     Ujváry et al. (2022), "Rethinking Sharpness-Aware Minimization as Variational Inference", arXiv:2210.10452.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,12 +62,12 @@ class Method:
         idle = self.radius(settings) == 0 or (self.name == "ascended" and settings.alpha == 0)
         return 2 if self.perturbation(settings).uses_gradient and not idle else 1
 
-    def init_scale(self, settings: Settings, num_weights: int) -> float:
-        """Return the guide's standard deviation at the start, for a network of ``num_weights`` weights."""
+    def init_scale(self, settings: Settings) -> float | ps.SAMRadius:
+        """Return the guide's standard deviation at the start."""
         if self.guide == "learnt":
             return settings.init_scale
         radius = self.radius(settings)
-        return _POINT_SCALE if self.guide == "point" or radius is None else radius / math.sqrt(num_weights)
+        return _POINT_SCALE if self.guide == "point" or radius is None else ps.SAMRadius(radius)
 
 
 _ALL = (

@@ -17,8 +17,8 @@ Model = Callable[..., Tensor]
 _NOISE = 0.5  # median a priori of the standard deviation of a regression's residuals, in standardised units
 
 
-def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
-    r"""Return the model of a data set, and its number of weights.
+def bayesian_mlp(dataset: Dataset, settings: Settings) -> Model:
+    r"""Return the model of a data set.
 
     A ReLU network with the prior :math:`N(0, \mathrm{prior\_std}^2 / \text{fan-in})`. The likelihood is Categorical, or
     Normal with a standard deviation whose logarithm is a latent, a priori Normal around that of half the targets'.
@@ -27,7 +27,7 @@ def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
         dataset: Training data, on the device that the network is put on.
         settings: Widths of the hidden layers, and the prior's standard deviation.
     Returns:
-        The model, called with inputs and (to train) targets of a minibatch, and the number of its weights.
+        The model, called with inputs and (to train) targets of a minibatch.
     """
     widths = (dataset.x_train.shape[1], *settings.hidden, dataset.num_classes or 1)
     layers: list[torch.nn.Module] = []
@@ -44,7 +44,7 @@ def bayesian_mlp(dataset: Dataset, settings: Settings) -> tuple[Model, int]:
             observed: Tensor = pyro.sample("obs", likelihood, obs=y)
         return observed
 
-    return model, sum(parameter.numel() for parameter in net.parameters())
+    return model
 
 
 def _likelihood(dataset: Dataset, output: Tensor) -> dist.TorchDistribution:

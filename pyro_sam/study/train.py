@@ -115,8 +115,7 @@ def _learn(
     runs: list[Run], datasets: Mapping[int, Dataset], method: Method, settings: Settings, on_step: OnSeedsStep
 ) -> None:
     splits = list(datasets.values())
-    model, num_weights = bayesian_mlp(splits[0], settings)
-    scale = method.init_scale(settings, num_weights)
+    model, scale = bayesian_mlp(splits[0], settings), method.init_scale(settings)
     guide = ps.MeanFieldNormal(model, init_scale=scale, learn_scale=method.guide == "learnt", num_replicas=len(splits))
     guide.initialize(splits[0].x_train[:1], splits[0].y_train[:1])
     elbo = ps.SAM_ELBO(method.perturbation(settings), kl_weight=settings.kl_weight)

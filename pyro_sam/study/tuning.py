@@ -119,10 +119,10 @@ def choose_all(
 
 def _build(dataset: Dataset, method: Method, settings: Settings, epochs: int, numbers: Mapping[str, Any]) -> SVI:
     settings = with_numbers(settings, method.name, numbers)
-    model, num_weights = bayesian_mlp(dataset, settings)
+    model = bayesian_mlp(dataset, settings)
     guide = ps.MeanFieldNormal(
         model,
-        init_scale=method.init_scale(settings, num_weights),
+        init_scale=method.init_scale(settings),
         learn_scale=method.guide == "learnt",
         num_replicas=len(numbers["kl_weight"]),
     )

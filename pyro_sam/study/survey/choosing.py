@@ -11,6 +11,7 @@ import pyro_sam as ps
 from pyro_sam.study.survey.problems import Problem
 from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
+from pyro_sam.tuning.journal import journal
 
 _SOBOL = 32  # first trials that are no choice of the sampler
 
@@ -78,12 +79,11 @@ def _state(nll: float) -> Any:
 def _study(file: Path, space: dict[str, Any], trials: int) -> Any:
     """Return the study of a file, begun with the points of a Sobol' sequence: they cover the space more evenly."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
     from scipy.stats.qmc import Sobol
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(file))),
+        storage=journal(str(file)),
         sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True),
         study_name="tune",
         load_if_exists=True,

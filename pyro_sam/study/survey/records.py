@@ -2,11 +2,13 @@
 
 import fcntl
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pyro_sam.study.results import finite
+from pyro_sam.tuning.journal import journal
 
 RUNS, FLATNESS, SENSITIVITY = "runs.jsonl", "flatness.jsonl", "sensitivity.jsonl"
 
@@ -35,7 +37,7 @@ class Records:
         with path.open("a+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
             broken = opened.tell() and path.read_bytes()[-1:] != b"\n"
-            text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+            text = "".join(json.dumps(finite(row)) + "\n" for row in rows)
             opened.write((("\n" if broken else "") + text).encode())
 
     def tuning(self, data: str, method: str) -> Path:
@@ -45,13 +47,11 @@ class Records:
     def trials(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
         """Return ``kl_weight`` and validation NLL of the finished trials of each search, by data set and method."""
         import optuna
-        from optuna.storages.journal import JournalFileBackend
 
         found = {}
         for path in sorted((self.out / "tuning").glob("*.log")):
             data, _, method = path.stem.partition(".")
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-            trials = optuna.load_study(study_name="tune", storage=storage).trials
+            trials = optuna.load_study(study_name="tune", storage=journal(str(path))).trials
             found[data, method] = [(each.params["kl_weight"], float(each.values[0])) for each in trials if each.values]
         return found
 
@@ -77,12 +77,3 @@ def _row(line: str) -> Any:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
