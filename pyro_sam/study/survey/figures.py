@@ -1,5 +1,6 @@
 """The study's pictures."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,69 +38,77 @@ def mean_nll(rows: Rows) -> Any:
     return pd.DataFrame(table, data, methods).dropna(axis="columns")
 
 
-def _axes(figure: Any, number: int) -> list[Any]:
-    columns = min(number, 3)
-    return list(figure.subplots(-(-number // columns), columns, squeeze=False).flat)
+def _grid(data: Sequence[str], height: float, path: Path, make: Any, draw: Callable[[Any, str], None]) -> Path:
+    """Draw an axis for each data set, three in a row, and what they share in a legend."""
+    columns = min(len(data), 3)
+    rows = -(-len(data) // columns)
+    figure = make(figsize=(10, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, name in zip(axes, data, strict=False):
+        draw(axis, name)
+        axis.set_title(name)
+    for axis in axes[len(data) :]:
+        axis.set_axis_off()
+    shared = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if shared:
+        figure.legend(shared.values(), shared, loc="outside lower center", ncols=len(_CURVES))
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _curves(rows: Rows, path: Path, make: Any) -> Path:
-    data = data_of(rows)
-    figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
-    axes = _axes(figure, len(data))
-    for axis, name in zip(axes, data, strict=False):
+    def draw(axis: Any, name: str) -> None:
+        from matplotlib.ticker import NullFormatter
+
         for k, method in enumerate(_CURVES):
             curves = [row["curve"] for row in rows if (row["data"], row["method"]) == (name, method) and "curve" in row]
             if curves:
                 array = np.array(curves, dtype=float)
                 axis.plot(array[0, :, 0], array[:, :, 1].mean(0), marker=".", color=f"C{k}", label=method)
-        axis.set(title=name, xlabel="gradients", ylabel="test NLL", xscale="log")
-    for axis in axes[len(data) :]:
-        axis.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES))
-    figure.savefig(path, dpi=150)
-    return path
+                points = array[0, :, 0]
+                axis.set(xscale="log", xlabel="gradients", ylabel="test NLL")
+                axis.set_xticks(
+                    points[[0, len(points) // 3, -1]], [f"{x:g}" for x in points[[0, len(points) // 3, -1]]]
+                )
+                axis.xaxis.set_minor_formatter(NullFormatter())
+
+    return _grid(data_of(rows), 3.2, path, make, draw)
 
 
 def _differences(rows: Rows, path: Path, make: Any) -> Path:
-    data, methods = data_of(rows), [name for name in methods_of(rows) if name != BASELINE]
-    figure = make(figsize=(10, 0.25 * len(methods) * -(-len(data) // 3) + 1.5), layout="constrained")
-    axes = _axes(figure, len(data))
-    for axis, name in zip(axes, data, strict=False):
+    methods = [name for name in methods_of(rows) if name != BASELINE]
+
+    def draw(axis: Any, name: str) -> None:
         found = differences(rows, name)
         present = [method for method in methods if method in found]
         means, errors = [found[m].mean for m in present], [2 * found[m].error for m in present]
         axis.errorbar(means, range(len(present)), xerr=errors, fmt="o", markersize=3)
         axis.axvline(0, color="grey", linewidth=0.5)
         span = max(abs(np.percentile(means, [5, 80]))) * 3 if means else 1
-        axis.set(title=name, xlabel=f"NLL minus {BASELINE}, two s.e.", xlim=(-span, span))
+        axis.set(xlabel=f"NLL minus {BASELINE}, two s.e.", xlim=(-span, span))
+        axis.locator_params(axis="x", nbins=4)
         axis.set_yticks(range(len(present)), present)
         axis.invert_yaxis()
-    for axis in axes[len(data) :]:
-        axis.set_axis_off()
-    figure.savefig(path, dpi=150)
-    return path
+
+    return _grid(data_of(rows), 0.25 * len(methods) + 0.8, path, make, draw)
 
 
 def _trials(records: Records, path: Path, make: Any) -> Path:
     """Draw each trial's validation NLL over its kl_weight: what the weight of the KL decides, and what the law does."""
     found = records.trials()
-    data = [name for name in data_of(records.read()) if any(each == name for each, _ in found)]
-    figure = make(figsize=(10, 3.2 * -(-len(data) // 3)), layout="constrained")
-    axes = _axes(figure, len(data))
-    for axis, name in zip(axes, data, strict=False):
+
+    def draw(axis: Any, name: str) -> None:
         for k, method in enumerate(_CURVES):
             trials = found.get((name, method), [])
             axis.plot(
                 [w for w, _ in trials], [nll for _, nll in trials], ".", color=f"C{k}", markersize=4, label=method
             )
         lowest = sorted(nll for (each, _), trials in found.items() if each == name for _, nll in trials)
-        axis.set(title=name, xlabel="kl_weight", ylabel="validation NLL", xscale="log")
+        axis.set(xlabel="kl_weight", ylabel="validation NLL", xscale="log")
         axis.set_ylim(lowest[0] - 0.05 * abs(lowest[0]), lowest[int(0.6 * len(lowest))])
-    for axis in axes[len(data) :]:
-        axis.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_CURVES))
-    figure.savefig(path, dpi=150)
-    return path
+
+    data = [name for name in data_of(records.read()) if any(each == name for each, _ in found)]
+    return _grid(data, 3.2, path, make, draw)
 
 
 def _critical(frame: Any, path: Path, make: Any) -> Path:
