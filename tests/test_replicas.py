@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.infer.autoguide import init_to_feasible
 from torch import Tensor, nn
 
 import pyro_sam as ps
@@ -556,6 +557,38 @@ def test_running_statistics_and_parameters_that_all_would_share_are_refused() ->
     pyro.clear_param_store()
     with pytest.raises(ValueError, match=r"parameters of its own \(sigma\), which all replicas would share"):
         ps.MeanFieldNormal(with_parameter, num_replicas=R).initialize(X, TARGETS)
+
+
+class Counts(nn.Module):
+    """Counts its runs, or keeps the mean of what it saw."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.register_buffer("kept", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.kept += 1 if self.what == "runs" else x.mean()
+        return x
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_buffer_is_written_once_a_step_or_refused_where_replicas_differ(fast: bool) -> None:
+    counter = Counts("runs")
+    model = classifier(nn.Sequential(nn.Linear(4, 3), counter, nn.Linear(3, 2)))
+    guide = ps.MeanFieldNormal(model, num_replicas=R, init_loc_fn=init_to_feasible).initialize(X, LABELS)
+    elbo = ps.SAM_ELBO(ps.Adversarial(1.0), fast=fast)
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide, X, LABELS)
+    assert counter.kept == 3
+    pyro.clear_param_store()
+    mean = Counts("mean")
+    model = classifier(nn.Sequential(nn.Linear(4, 3), mean, nn.Linear(3, 2)))
+    guide = ps.MeanFieldNormal(model, num_replicas=R, init_loc_fn=init_to_feasible).initialize(X, LABELS)
+    with pytest.raises(ValueError, match="Counts writes to its buffer 'kept' what differs from replica to replica"):
+        ps.SAM_ELBO(fast=fast).loss_and_grads(model, guide, X, LABELS)
+    assert mean.kept == 0
 
 
 def test_optimisers_that_mix_elements_are_refused() -> None:

@@ -41,6 +41,11 @@ class Buffers:
                 buffer.data.copy_(value)
             module._buffers[name] = buffer
 
+    def now(self) -> dict[tuple[nn.Module, str], Tensor | None]:
+        """Return what the buffers of the modules that were called are now, as copies."""
+        present = {key: key[0]._buffers.get(key[1]) for key in self._before}
+        return {key: None if buffer is None else buffer.detach().clone() for key, buffer in present.items()}
+
     def _save(self, module: nn.Module, args: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and (module, name) not in self._before:

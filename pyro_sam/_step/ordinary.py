@@ -149,6 +149,11 @@ class OrdinaryPasses(Passes):
         self._first_noise: tuple[Tensor, int] | None = None
 
     @property
+    def modules(self) -> Sequence[Any]:
+        """Modules that the model may write to without calling them."""
+        return self._call.modules
+
+    @property
     def num_particles(self) -> int:
         """Number of vectorised particles."""
         return self._settings.together

@@ -1,10 +1,12 @@
 """Replicas one after the other, each in the ordinary way: what runs where they cannot run as one, and what is right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._step import checks
 from pyro_sam._step.memory import Average, Layout
 from pyro_sam._step.ordinary import OrdinaryPasses, OrdinaryRan
@@ -60,11 +62,19 @@ class SideBySide(Passes):
         return RanSideBySide(ran)
 
     def descend(self, e: Tensor, *, detach_scale: bool = False, average: Average | None = None) -> "RanSideBySide":
-        """Run guides and model at a chosen noise; buffers keep what the model writes."""
-        call, ran = checks.ByRow(), []
+        """Run guides and model at a chosen noise; buffers keep what the model writes, which must be the same for all.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        call, ran, written = checks.ByRow(), [], []
         for r, member in enumerate(self.members):
             part = None if average is None else average.row(r)
-            ran.append(call(member.descend, e[r : r + 1], detach_scale=detach_scale, average=part))
+            is_last = r == len(self.members) - 1  # a run of its own would write once
+            with kept_buffers(member.modules, on_error_only=is_last) as buffers:
+                ran.append(call(member.descend, e[r : r + 1], detach_scale=detach_scale, average=part))
+                written.append(buffers.now())
+                _check_same(written[0], written[-1])
         self._note(call)
         return RanSideBySide(ran)
 
@@ -111,6 +121,19 @@ class RanSideBySide(Ran):
         """Return what depends on the noise in any of the runs."""
         seen = [ran.sees_noise(ran.kl()) for ran in self.members]
         return Dependence(kl=any(each.kl for each in seen), prior=any(each.prior for each in seen))
+
+
+def _check_same(first: Mapping[Any, Tensor | None], other: Mapping[Any, Tensor | None]) -> None:
+    for key, buffer in first.items():
+        value = other.get(key)
+        if (buffer is None) != (value is None) or (
+            buffer is not None and value is not None and not torch.equal(buffer, value)
+        ):
+            module, name = key
+            raise ValueError(
+                f"{type(module).__name__} writes to its buffer '{name}' what differs from replica to replica, which "
+                "have one buffer together. Switch that off, or train without num_replicas."
+            )
 
 
 def _stack(losses: Sequence[Loss], like: Loss = 0.0) -> Tensor:
