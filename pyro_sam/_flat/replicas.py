@@ -7,7 +7,7 @@ Where a run cannot be mapped (a value read as a number, a layer without a rule) 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import reduce
@@ -27,6 +27,7 @@ from pyro_sam._flat.place import Place, Where
 from pyro_sam._flat.recorder import Recorder, Surprise
 from pyro_sam._flat.vectors import FlatNormal
 from pyro_sam._step import checks
+from pyro_sam._step.call import Call
 from pyro_sam._step.dependence import reaches
 from pyro_sam._step.loss import data_loss_of
 from pyro_sam._step.memory import Average
@@ -43,14 +44,12 @@ class _Run(NamedTuple):
         kl: The part of the KLs that is no constant Normal prior's; 0 for none.
         known: What is known of such models.
         is_estimate: Whether some of ``kl`` is an estimate.
-        served: The priors that were served at one go.
     """
 
     data: Tensor
     kl: Loss
     known: KnownModel
     is_estimate: bool
-    served: Any
 
 
 class ReplicaPasses(FlatPasses):
@@ -66,7 +65,6 @@ class ReplicaPasses(FlatPasses):
         super().__init__(*args)
         self.rows = []
         self._leaves, self._spec = tree_flatten((self._call.args, dict(self._call.kwargs)))
-        self._is_own = [isinstance(leaf, PerReplica) for leaf in self._leaves]
 
     @property
     def num_particles(self) -> int:
@@ -107,47 +105,56 @@ class ReplicaPasses(FlatPasses):
     def _map(self, values: Sequence[Tensor], *, ends: bool) -> Any:
         """Return what came of a run of all replicas: the data losses, and all of it where the pass ends the step."""
         found: list[Any] = []
-        names = self._layout.names
-
-        def one(by_site: Sequence[Tensor], q: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Any, ...]:
-            mine = iter(own)
-            args, kwargs = tree_unflatten(
-                [next(mine) if is_own else leaf for leaf, is_own in zip(self._leaves, self._is_own, strict=True)],
-                self._spec,
-            )
-            call = replace(self._call, args=args, kwargs=kwargs)
-            with checks.collected() as conditions:
-                values = dict(zip(names, by_site, strict=True))
-                run = Recorder(values, self._held, self._bookmarks, self._looked_at, self.buffers)
-                captures = torch._C._len_torch_dispatch_stack() > 0  # a run before it has looked
-                run.streams = None if captures else RandomState.capture().fingerprint()
-                with run:
-                    call.run_model()
-                run.look_at_streams()
-                self._pair.draws = self._pair.draws if captures else run.draws
-                data = data_loss_of(run.nodes.values())
-                kl, estimate, known = self._kl_of(run, q) if ends else (0.0, False, None)
-            holds = None if conditions is None else conditions.hold()
-            found[:] = known, estimate, run.batches, isinstance(kl, Tensor), holds is not None
-            return tuple(t for t in (data, kl, holds) if isinstance(t, Tensor))
-
         own = [leaf.values for leaf in self._leaves if isinstance(leaf, PerReplica)]
         q = (self.flat.loc, self.flat.scale) if ends else ()
+        split = len(values), len(values) + len(q)
+
+        def one(*tensors: Tensor) -> tuple[Any, ...]:
+            call = self._call_with(tensors[split[1] :]) if own else self._call
+            values = dict(zip(self._layout.names, tensors[: split[0]], strict=True))
+            with checks.collected() as conditions:
+                run = self._record(values, call, look=ends)
+                data = data_loss_of(run.nodes.values())
+                kl, *rest = self._kl_of(run, *tensors[split[0] : split[1]]) if ends else (0.0,)
+            holds = None if conditions is None else conditions.hold()
+            found[:] = rest, isinstance(kl, Tensor), holds is not None
+            return tuple(t for t in (data, kl, holds) if isinstance(t, Tensor))
+
         try:
             with self._stream(), mappable(self._pair.seen.modules):
-                outputs = list(vmap(one, randomness="different")(tuple(values), q, own))
+                outputs = list(vmap(one, randomness="different")(*values, *q, *own))
         except RuntimeError as error:  # if it is not the map's doing, the ordinary way says the same
             if not self._pair.unmappable:
                 self._pair.unmappable = str(error).splitlines()[0]
                 log.warning("replicas run one after the other, which is slow: %s", self._pair.unmappable)
             raise Surprise from error
-        known, estimate, served, has_kl, has_holds = found
+        rest, has_kl, has_holds = found
         if has_holds:
             self.rows.append(outputs.pop())
         kl = outputs.pop() if has_kl else 0.0
         if len(outputs) != 1:
             raise Surprise  # a model without data
-        return _Run(outputs[0], kl, known, estimate, served) if ends else outputs[0]
+        return _Run(outputs[0], kl, *rest) if ends else outputs[0]
+
+    def _call_with(self, own: Sequence[Tensor]) -> Call:
+        """Return the call with what one replica gets of its own."""
+        mine = iter(own)
+        leaves = [next(mine) if isinstance(leaf, PerReplica) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return replace(self._call, args=args, kwargs=kwargs)
+
+    def _record(self, values: Mapping[str, Tensor], call: Call, *, look: bool) -> Recorder:
+        """Run the model; where asked, look at whether it draws. A capture reads nothing: a run before it has looked."""
+        run = Recorder(values, self._held, self._bookmarks, self._looked_at, self.buffers)
+        look = look and not torch._C._len_torch_dispatch_stack()
+        if look:
+            run.streams = RandomState.capture().fingerprint()
+        with run:
+            call.run_model()
+        if look:
+            run.look_at_streams()
+            self._pair.draws = run.draws
+        return run
 
     def _stream(self) -> AbstractContextManager[None]:
         if self._model_start is not None:
@@ -156,13 +163,12 @@ class ReplicaPasses(FlatPasses):
             self._model_start = RandomState.capture(self._call.streams)
         return nullcontext()
 
-    def _kl_of(self, run: Recorder, q: Sequence[Tensor]) -> tuple[Loss, bool, KnownModel]:
+    def _kl_of(self, run: Recorder, loc: Tensor, scale: Tensor) -> tuple[Loss, KnownModel, bool]:
         """Return the KL of one replica without constant Normal priors, and whether it is an estimate."""
         known = self._look_up(run)
-        loc, scale = q
         single = FlatNormal(self.flat.layout.of_one(), loc, scale)
         terms, is_estimate = kl_terms(run, known.normal(run, single), single)
-        return reduce(add, terms, 0.0), is_estimate, known
+        return reduce(add, terms, 0.0), known, is_estimate
 
 
 class ReplicaRan(FlatRan):
