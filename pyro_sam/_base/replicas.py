@@ -1,10 +1,12 @@
 """Replicas: which tensors have one row for each, and which arguments each has its own of."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -71,6 +73,18 @@ def check_own(arguments: Any, number: int | None) -> None:
         if isinstance(leaf, PerReplica) and len(leaf) != number:
             what = "has no replicas" if number is None else f"has {number} replicas"
             raise ValueError(f"an argument has rows for {len(leaf)} replicas (per_replica), and the guide {what}.")
+
+
+def replicas_of(guide: Any) -> int | None:
+    """Return how many replicas a guide has; None for a single guide."""
+    number: int | None = getattr(poutine.unwrap(guide), "num_replicas", None)
+    return number
+
+
+def speaking(guide: Any, r: int | None) -> AbstractContextManager[None]:
+    """Let a guide with replicas be one of them in the body; a single guide is itself."""
+    number = replicas_of(guide)
+    return nullcontext() if number is None else poutine.unwrap(guide).as_replica(r)  # type: ignore[attr-defined]
 
 
 def mark(parameter: Tensor, number: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from pyro.infer import SVI
 
 from pyro_sam._base.cures import explained
+from pyro_sam._base.replicas import replicas_of
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Pair
@@ -17,7 +18,7 @@ from pyro_sam.diagnosis.report import Diagnosis, Problem
 from pyro_sam.diagnosis.sites import describe
 from pyro_sam.elbo import SAM_ELBO
 from pyro_sam.perturbation import Gaussian
-from pyro_sam.predictive.streaming import check_pair, replicas_of
+from pyro_sam.predictive.streaming import check_pair
 
 _NUM_SAMPLES = 32
 _FEW = 2

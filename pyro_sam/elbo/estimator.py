@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_sam._base import takeover
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState
-from pyro_sam._base.replicas import check_own, check_statistics, sum_of, sum_of_good
+from pyro_sam._base.replicas import check_own, check_statistics, replicas_of, sum_of, sum_of_good
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._graph.replay import Replayed, replayed
 from pyro_sam._step import checks
@@ -35,7 +35,7 @@ from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
 from pyro_sam._step.space import Terms
 from pyro_sam.elbo import sentinel
-from pyro_sam.elbo.particle import Evaluated, Particle, num_replicas
+from pyro_sam.elbo.particle import Evaluated, Particle
 from pyro_sam.guide import MeanFieldNormal
 from pyro_sam.perturbation import AscendedSample, Perturbation
 
@@ -249,7 +249,7 @@ class SAM_ELBO(ELBO):
 
     def _settings_for(self, guide: Any) -> Settings:
         """Return the settings; of replicas, which run as one, particles are taken one by one."""
-        single = num_replicas(guide) is None or not self._settings.vectorize_particles
+        single = replicas_of(guide) is None or not self._settings.vectorize_particles
         return self._settings if single else replace(self._settings, vectorize_particles=False)
 
     def _meet(self, call: Call, settings: Settings) -> tuple[Call, Pair]:
@@ -267,7 +267,7 @@ class SAM_ELBO(ELBO):
             left = takeover.left_by_others(f"{call.guide._pyro_name}.") if is_new else set()
             call.guide.initialize(*call.args, **call.kwargs)
             takeover.warn_of(left and left & takeover.names_of(call.guide))
-        number = num_replicas(call.guide)
+        number = replicas_of(call.guide)
         pair = self._knowledge.of(call)
         if number is not None:
             check_statistics(pair.surroundings(call).modules)
@@ -289,7 +289,7 @@ class SAM_ELBO(ELBO):
 
     def _is_watched(self, pair: Pair, settings: Settings) -> bool:
         """Return whether this step, if it is a fast one, is one that the sentinel looks at."""
-        replicas = num_replicas(pair.guide) is not None
+        replicas = replicas_of(pair.guide) is not None
         if replicas and pair.draws is not False:
             return False  # mapped over replicas, a model draws in another order
         if pair.slow or not settings.fast or torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
@@ -303,7 +303,7 @@ class SAM_ELBO(ELBO):
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
-        start, single = RandomState.capture(), num_replicas(call.guide) is None
+        start, single = RandomState.capture(), replicas_of(call.guide) is None
         law = settings.perturbation.toss() if settings.num_particles == 1 and single else settings.perturbation
         if law is not settings.perturbation:
             settings = replace(settings, perturbation=law)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_sam._base.arguments import Numbers
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.replicas import replicas_of
 from pyro_sam._flat.passes import FlatPasses, KnownModel
 from pyro_sam._flat.recorder import Surprise
 from pyro_sam._flat.replicas import ReplicaPasses
@@ -98,7 +99,7 @@ class Particle:
 
     @property
     def _num_replicas(self) -> int | None:
-        return num_replicas(self.call.guide)
+        return replicas_of(self.call.guide)
 
     def ordinary(self) -> OrdinaryPasses | SideBySide:
         """Return new ordinary passes."""
@@ -287,11 +288,6 @@ class OneReplica:
         """Run it."""
         with self.guide.as_replica(self.r):
             return self.run(*args, **kwargs)
-
-
-def num_replicas(guide: Any) -> int | None:
-    """Return how many replicas a guide has; None for a single guide."""
-    return guide.num_replicas if isinstance(guide, MeanFieldNormal) else None
 
 
 def _evaluated(terms: Terms, passes: Passes) -> Evaluated:

@@ -1,7 +1,7 @@
 """The posterior predictive, streamed: one posterior sample at a time, so that no stack of weights is ever held."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._base.replicas import replicas_of, speaking
 from pyro_sam._step.handlers import ReplayMessenger
 from pyro_sam.predictive.prediction import Prediction, SampledLikelihood
 
@@ -77,19 +78,14 @@ def predict(
         raise ValueError(f"replica={replica!r} needs a guide with replicas, MeanFieldNormal(model, num_replicas=R).")
     sizes = _sizes(num_samples, samples_at_once)
     with kept_buffers():
-        with _speaking(guide, number, replica or 0):
+        with speaking(guide, replica or 0):
             plan = _Plan.of(model, guide, batches[0], site)
         if number is None or replica is not None:
-            with _speaking(guide, number, replica):
+            with speaking(guide, replica):
                 return Prediction(plan.draw(model, guide, batches, _shown(sizes, progress)), plan.data_dim)
         replicas = _of_replicas(plan, model, guide, batches, sizes, number, progress)
     together = [[part for found in replicas for part in found[b]] for b in range(len(batches))]
     return Prediction(together, plan.data_dim, replicas)
-
-
-def _speaking(guide: Any, number: int | None, r: int | None) -> AbstractContextManager[None]:
-    """Let a guide with replicas speak as one of them."""
-    return nullcontext() if number is None else guide.as_replica(r)
 
 
 def _of_replicas(
@@ -247,12 +243,6 @@ def _shown(sizes: Iterable[Any], progress: bool) -> Iterable[Any]:
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install pyro-sam[progress]") from error
     return tqdm(sizes, desc="predict", unit="run")
-
-
-def replicas_of(guide: Any) -> int | None:
-    """Return how many replicas a guide has; None for a single guide."""
-    number: int | None = getattr(poutine.unwrap(guide), "num_replicas", None)
-    return number
 
 
 def check_pair(model: Any, guide: Any) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from pyro_sam._base import ranks as distributed
-from pyro_sam._base.replicas import norms, number_in
+from pyro_sam._base.replicas import norms, number_in, replicas_of
 from pyro_sam.elbo import SAM_ELBO
-from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.numbers import Number
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pyro_sam._base import ranks as distributed
 from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.replicas import replicas_of
 from pyro_sam.optim import JointOptim
-from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training import checkpoint as files
 from pyro_sam.training.advice import (
     check_run,

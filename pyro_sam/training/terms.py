@@ -2,7 +2,6 @@ r"""The two terms of the loss in the history: an epoch's means, or those at a Ga
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.ranks import gathered
-from pyro_sam._base.replicas import of_replica
+from pyro_sam._base.replicas import of_replica, speaking
 from pyro_sam._step.call import Call
 from pyro_sam._step.loss import data_loss, kl_loss, latent_sites
 from pyro_sam._step.minibatch import follow_minibatch
-from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.checkpoint import random_states, restore_random_states
 from pyro_sam.training.numbers import Number, each, mapped
 
@@ -43,7 +41,7 @@ def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | No
     """Return the terms of the loss, leaving no trace; None for a guide that does not sample all latents."""
     states = random_states()
     try:
-        with torch.no_grad(), kept_buffers(), first_replica(svi.guide):
+        with torch.no_grad(), kept_buffers(), speaking(svi.guide, 0):
             args, kwargs = of_replica((args, kwargs), 0)
             guide = follow_minibatch(Call(svi.model, svi.guide, args, kwargs))
             run = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -56,11 +54,6 @@ def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | No
     scales = {site["name"]: float(torch.as_tensor(site["scale"]).max()) for site in observed}
     with torch.no_grad():
         return Terms(float(data_loss(model)), float(kl_loss(run, model)), scales)
-
-
-def first_replica(guide: Any) -> AbstractContextManager[None]:
-    """Let a guide with replicas be the first of them in the body."""
-    return nullcontext() if replicas_of(guide) is None else guide.as_replica(0)
 
 
 class TermSums:

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from pyro_sam._base.arguments import positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.ranks import gathered
+from pyro_sam._base.replicas import replicas_of, speaking
 from pyro_sam.predictive import Prediction, predict
-from pyro_sam.predictive.streaming import replicas_of
 from pyro_sam.training.advice import not_finite
 from pyro_sam.training.numbers import Number
 from pyro_sam.training.observation import can_run, observation
@@ -145,7 +145,7 @@ def _unseen(data: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _run(model: Callable[..., Any], guide: Any, r: int, *args: Any) -> Trace:
     """Return a run of the model at a sample of the guide, or of one of its replicas."""
-    with nullcontext() if replicas_of(guide) is None else guide.as_replica(r):
+    with speaking(guide, r):
         latents = poutine.trace(guide).get_trace(*args)
     return poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args)
 

@@ -14,7 +14,7 @@ from pyro.infer import SVI
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
-from pyro_sam.predictive.streaming import replicas_of
+from pyro_sam._base.replicas import replicas_of
 from pyro_sam.training.advice import check_run
 from pyro_sam.training.estimator import elbo_of
 from pyro_sam.training.fitting import fit
