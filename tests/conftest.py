@@ -1,5 +1,6 @@
 """Every test runs in double precision, seeded, with an empty parameter store and Pyro's validation on."""
 
+import signal
 from collections.abc import Iterator
 
 import pyro
@@ -16,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c() -> None:
+    """Listen to Ctrl-C, as tests of it and their processes must, even where the suite runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,7 @@ TINY = ["--epochs", "1", "--hidden", "4", "--num-samples", "2", "--seeds", "1"]
 
 
 def start(*words: str) -> "subprocess.Popen[str]":
-    # a process started in the background ignores Ctrl-C, and so would its children
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{listen}; import sys; from pyro_sam.study.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, *words]
+    command = [sys.executable, "-c", "import sys; from pyro_sam.study.cli import main; sys.exit(main())", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
