@@ -14,6 +14,7 @@ from pyro_sam.study.datasets import Dataset, load
 
 HeldOut = Literal["validation", "test"]
 TUNING_SEED = 100  # the first of the tuning splits
+_IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "mnist-5k": (28, 28, 1), "fashion-mnist": (28, 28, 1)}
 _PUBLISHED = 20  # splits of the UCI sets; the last ones are for tuning
 
 
@@ -28,7 +29,8 @@ class Source:
         rows: Number of training rows, drawn by the seed; None for all of a split.
         validation: Number of training rows that a tuning split holds out; with ``rows`` None a share of them.
         batch_size: Rows in a minibatch.
-        hidden: Widths of the network's hidden layers.
+        network: Name of the network, one of :data:`~pyro_sam.study.survey.networks.NETWORKS`.
+        hidden: Widths of the hidden layers of an MLP.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Source:
     rows: int | None = None
     validation: float = 0.25
     batch_size: int = 32
+    network: str = "mlp"
     hidden: tuple[int, ...] = (50, 50)
 
     @property
@@ -48,6 +51,16 @@ class Source:
     def num_classes(self) -> int | None:
         """Number of classes; None for regression."""
         return CATALOGUE[self.base].num_classes
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of the network's outputs."""
+        return self.num_classes or 1
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Height, width and channels of the inputs, which lie flat in this order."""
+        return _IMAGES[self.base]
 
 
 _ALL = (

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from time import process_time
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import pyro_sam as ps
 from pyro_sam.study.survey.bsam import Trainer
 from pyro_sam.study.survey.methods import Method, Numbers
+from pyro_sam.study.survey.networks import plain_network
 from pyro_sam.study.survey.problems import Problem, Source
 
 Step = Callable[[Tensor, Tensor], Any]
@@ -73,10 +74,8 @@ class Task:
 
 
 def network(source: Source, problem: Problem) -> tuple[Callable[..., Tensor], int]:
-    """Return the Bayesian ReLU network of a data set, and its number of weights."""
-    widths = (problem.x.shape[1], *source.hidden, source.num_classes or 1)
-    layers = [layer for sizes in pairwise(widths) for layer in (torch.nn.Linear(*sizes), torch.nn.ReLU())]
-    net = torch.nn.Sequential(*layers[:-1]).to(problem.x)
+    """Return the Bayesian network of a data set, and its number of weights."""
+    net = plain_network(source, problem)
     bnn = ps.BayesianModule(net, prior=ps.nn.fan_in_normal(1.0))
     num_rows = len(problem.x)
 
