@@ -47,7 +47,7 @@ def resnet20(source: Source, problem: Problem) -> nn.Module:
     widths = [_STAGES[0], *(width for width in _STAGES for _ in range(_BLOCKS))]
     return nn.Sequential(
         ChannelsFirst(source.image),
-        *(nn.Conv2d(source.image[2], _STAGES[0], 3, padding=1, bias=False), nn.GroupNorm(_GROUPS, _STAGES[0])),
+        *(nn.Conv2d(source.image[2], _STAGES[0], 3, padding=1, bias=False), GroupNorm(_GROUPS, _STAGES[0])),
         nn.ReLU(),
         *(ResidualBlock(*sizes) for sizes in pairwise(widths)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(_STAGES[-1], source.num_outputs)),
@@ -99,16 +99,26 @@ class ResidualBlock(nn.Module):
         self.stride, self.more = (1 if width == following else 2), following - width
         self.body = nn.Sequential(
             nn.Conv2d(width, following, 3, self.stride, padding=1, bias=False),
-            nn.GroupNorm(_GROUPS, following),
+            GroupNorm(_GROUPS, following),
             nn.ReLU(),
             nn.Conv2d(following, following, 3, padding=1, bias=False),
-            nn.GroupNorm(_GROUPS, following),
+            GroupNorm(_GROUPS, following),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return images of the following width."""
         same = nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
         return torch.relu(same + self.body(x))
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm as a LayerNorm of each group, which ``torch.func.vmap`` maps without gradients too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return images of the same shape, each group with mean 0 and variance 1 before the affine map."""
+        groups = x.unflatten(-3, (self.num_groups, -1))
+        normal = nn.functional.layer_norm(groups, groups.shape[-3:], eps=self.eps).flatten(-4, -3)
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Positions(nn.Module):
