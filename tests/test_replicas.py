@@ -12,8 +12,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import init_to_feasible
+from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from torch import Tensor, nn
 
 import pyro_sam as ps
@@ -528,6 +529,27 @@ def test_numbers_that_are_not_one_for_each_are_refused(settings: dict[str, Any],
         ps.SAM_ELBO(**settings).loss_and_grads(model, guide, X, LABELS)
     with pytest.raises(ValueError, match=r"one for each replica, and the guide has no replicas.*num_replicas=2"):
         ps.SAM_ELBO(**settings).loss_and_grads(model, guide.replica(0), X, LABELS)
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_numbers_for_each_replica_need_replicas_in_any_guide(auto: bool) -> None:
+    def hand_written(x: Tensor, y: Tensor | None = None) -> None:
+        loc = pyro.param("loc", torch.zeros(4))
+        pyro.sample("w", dist.Normal(loc, 0.1).to_event(1))
+        pyro.sample("b", dist.Normal(0.0, 0.1))
+
+    guide = AutoNormal(latents) if auto else hand_written
+    for settings in ({"kl_weight": [1.0, 0.5]}, {"perturbation": ps.AscendedSample([1.0, 2.0])}):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"one for each replica, and the guide has no replicas"):
+            ps.SAM_ELBO(**settings).loss_and_grads(latents, guide, X, TARGETS)
+    with pytest.raises(ValueError, match=r"rows for 12 replicas .* the guide has no replicas"):
+        ps.SAM_ELBO().loss_and_grads(latents, guide, ps.per_replica(X), TARGETS)
+
+
+def test_a_guide_with_replicas_inside_of_a_handler_is_refused() -> None:
+    guide = ps.MeanFieldNormal(latents, num_replicas=R)
+    with pytest.raises(ValueError, match="num_replicas cannot be trained inside of a handler"):
+        ps.SAM_ELBO().loss_and_grads(latents, poutine.scale(guide, scale=0.5), X, TARGETS)
 
 
 @pytest.mark.parametrize("numbers", [(), (1.0, -1.0), (1.0, math.nan), "ab"])

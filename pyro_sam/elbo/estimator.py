@@ -260,14 +260,19 @@ class SAM_ELBO(ELBO):
                 f"guide {type(guide).__name__} is an effect handler, which cannot be run at a chosen "
                 "noise; use a guide that is called on its own, such as MeanFieldNormal."
             )
+        number = replicas_of(call.guide)
+        settings.check_replicas(number)
+        check_own((call.args, dict(call.kwargs)), number)
+        if number is not None and guide is not call.guide:
+            raise ValueError(
+                "a guide with num_replicas cannot be trained inside of a handler, which would hide the replicas; give "
+                "the guide itself, and put handlers such as poutine.scale around the model."
+            )
         if isinstance(call.guide, MeanFieldNormal):
-            settings.check_replicas(call.guide.num_replicas)
-            check_own((call.args, dict(call.kwargs)), call.guide.num_replicas)
             is_new = call.guide.prototype_trace is None and not pyro.settings.get("module_local_params")
             left = takeover.left_by_others(f"{call.guide._pyro_name}.") if is_new else set()
             call.guide.initialize(*call.args, **call.kwargs)
             takeover.warn_of(left and left & takeover.names_of(call.guide))
-        number = replicas_of(call.guide)
         pair = self._knowledge.of(call)
         if number is not None:
             check_statistics(pair.surroundings(call).modules)
