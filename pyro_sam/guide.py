@@ -26,7 +26,7 @@ from pyro_sam._base.cures import explained
 from pyro_sam._base.fresh import fresh_weights
 from pyro_sam._base.initial_scale import SAMRadius, check_rule, initial_scale, small_start
 from pyro_sam._base.replicas import mark, of_replica
-from pyro_sam._base.takeover import note_made
+from pyro_sam._base.takeover import left_by_others, names_of, note_made, warn_of
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
 from pyro_sam._step.enumeration import is_marked
@@ -111,12 +111,25 @@ class MeanFieldNormal(AutoNormal):
     def initialize(self, *args: Any, **kwargs: Any) -> "MeanFieldNormal":
         """Create the parameters, with the model's arguments, before the first step; a second call does nothing.
 
+        What the param store holds under the guide's names, say from a file, is taken up, as by a call of the guide.
+
         Returns:
             The guide.
         """
         if self.prototype_trace is None:
+            local = pyro.settings.get("module_local_params")
+            left = set() if local else left_by_others(f"{self._pyro_name}.")
             self._setup_prototype(*args, **kwargs)
+            if not local and names_of(self) & set(pyro.get_param_store()):
+                self._take_up_stored()
+            warn_of(left and left & names_of(self))
         return self
+
+    def _take_up_stored(self) -> None:
+        with self._pyro_context, poutine.block():  # there a PyroModule's attribute is what the store has
+            for name, owners in self._owners.items():
+                for owner in owners:
+                    getattr(owner, name.rpartition(".")[2])
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -124,27 +137,35 @@ class MeanFieldNormal(AutoNormal):
             with kept_buffers(), poutine.block():
                 if self.num_replicas is None:
                     super()._setup_prototype(*args, **kwargs)
+                    self._set_up_scales(self._initial_scale)
                 else:
                     self._set_up_replicas(self.num_replicas, *args, **kwargs)
-                self._set_up_scales(self._initial_scale)
         except BaseException:
             self.prototype_trace = None  # nothing is half set up: the next call starts anew
             raise
         note_made(self.parameters())
 
     def _set_up_replicas(self, number: int, *args: Any, **kwargs: Any) -> None:
-        """Set up the locs of each replica and put them side by side."""
+        """Set up the locs of each replica and put them side by side, with the scales that each would start at."""
         found: list[dict[str, Tensor]] = []
+        sites: list[dict[str, Any]] = []
         for r in reversed(range(number)):  # the first comes last, and stays the prototype
             mine, by_name = of_replica(args, r), of_replica(kwargs, r)
             with fresh_weights() if r else nullcontext():
                 _check_parameters(poutine.trace(self.model).get_trace(*mine, **by_name))
                 super()._setup_prototype(*mine, **by_name)
             found.insert(0, self._locs())
+            sites.insert(0, dict(self._prototype_sites()))
         self.locs = PyroModule()
         for name, event_dim in self._event_dims.items():
             loc = torch.stack([locs[name] for locs in found])
             deep_setattr(self.locs, name, PyroParam(loc, constraints.real, event_dim))
+
+        def scales(site: Any, locs: Tensor) -> Tensor:
+            own = [each[site["name"]] for each in sites]
+            return torch.stack([self._initial_scale(*pair) for pair in zip(own, locs, strict=True)])
+
+        self._set_up_scales(scales)
 
     def _locs(self) -> dict[str, Tensor]:
         return {name: attrgetter(name)(self.locs).detach() for name in self._event_dims}
@@ -214,8 +235,7 @@ class MeanFieldNormal(AutoNormal):
             raise ValueError("the guide has no replicas; make it with MeanFieldNormal(model, num_replicas=R).")
         if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < self.num_replicas:
             raise ValueError(f"replica must be a whole number from 0 to {self.num_replicas - 1}, got {r!r}.")
-        if self.prototype_trace is None:
-            raise ValueError("the guide has no parameters yet; call guide.initialize(*args), or take a step.")
+        self._check_made()
 
     def _set_up_scales(self, initial: Callable[[Any, Tensor], Tensor]) -> None:
         self._transforms: dict[str, Transform | None] = {}
@@ -339,6 +359,50 @@ class MeanFieldNormal(AutoNormal):
                 mark(parameter, self.num_replicas)
         return loc[self._replica], scale[self._replica]
 
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior median of every latent, by site name; of real latents it is the mean too.
+
+        Raises:
+            ValueError: If the guide has no parameters yet, or has replicas.
+        """
+        self._check_made()
+        medians: dict[str, Tensor] = super().median(*args, **kwargs)
+        return medians
+
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return posterior quantiles of every latent, by site name, the quantiles along the first dimension.
+
+        Args:
+            quantiles: Numbers between 0 and 1.
+            *args: Not used, as in Pyro.
+            **kwargs: Not used.
+        Raises:
+            ValueError: If the guide has no parameters yet, or has replicas.
+        """
+        self._check_made()
+        values: dict[str, Tensor] = super().quantiles(quantiles, *args, **kwargs)
+        return values
+
+    def posterior(self) -> dict[str, Any]:
+        """Return the posterior of every latent as a distribution of its own, which further training leaves as it is.
+
+        Of a latent with real support it is a Normal, with the latent's loc as ``mean`` and its scale as ``stddev``; of
+        a constrained one that Normal pushed forward to the support. Say, as the prior of the next task:
+        ``ps.BayesianModule(net, prior=lambda name, parameter: posterior[name])``.
+
+        Returns:
+            Distributions by site name, shaped as the latents.
+        Raises:
+            ValueError: If the guide has no parameters yet, or has replicas.
+        """
+        self._check_made()
+        found = {name: self._get_loc_and_scale(name) for name, _ in self._prototype_sites()}
+        return {name: self._pushed(name, loc.detach().clone(), s.detach().clone()) for name, (loc, s) in found.items()}
+
+    def _check_made(self) -> None:
+        if self.prototype_trace is None:
+            raise ValueError("the guide has no parameters yet; call guide.initialize(*args), or take a step.")
+
     def _spread(self, name: str, values: Tensor, dim: int, copies: int) -> Tensor:
         """Return the values of all replicas with the replicas at a plate's dimension, several copies of each."""
         between = -dim - (values.dim() - self._event_dims[name])
@@ -346,9 +410,12 @@ class MeanFieldNormal(AutoNormal):
 
     def _posterior(self, name: str) -> Any:
         loc, scale = self._get_loc_and_scale(name)
-        event_dim, transform = self._event_dims[name], self._transforms[name]
         if not self.learn_scale:
-            scale = pyro.subsample(scale, event_dim=event_dim)
+            scale = pyro.subsample(scale, event_dim=self._event_dims[name])
+        return self._pushed(name, loc, scale)
+
+    def _pushed(self, name: str, loc: Tensor, scale: Tensor) -> Any:
+        event_dim, transform = self._event_dims[name], self._transforms[name]
         # scale is positive by its constraint, and a loc that is not finite shows in the loss
         normal = dist.Normal(loc, scale, validate_args=False)
         if transform is None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class BayesianModule(PyroModule):
         self._hide = hide
         self._met: Any = None
         self._meet()
+        _warn_of_frozen(net, self._hidden)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; another network or prior is checked as in the beginning."""
@@ -343,6 +345,18 @@ def _hidden_names(net: nn.Module, hide: str | Iterable[str] | Callable[[str], bo
     if hidden == set(first_names.values()):
         raise ValueError("hide must leave a parameter Bayesian, got every parameter of net: nothing is left to infer.")
     return frozenset(hidden)
+
+
+def _warn_of_frozen(net: nn.Module, hidden: frozenset[str]) -> None:
+    """Warn where some of the weights are frozen, as for fine-tuning, and would be sampled all the same."""
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    if frozen < {name for name, _ in net.named_parameters()} and (wrong := sorted(frozen - hidden)):
+        warnings.warn(
+            f"{len(wrong)} parameters of net that do not require grad, such as '{wrong[0]}', become latents like all "
+            f"others. To leave them as they are: hide={wrong[:3]!r}{', and so on' if wrong[3:] else ''}; a submodule's "
+            "name hides all of its parameters.",
+            stacklevel=3,
+        )
 
 
 def _fit(prior: Any, name: str, shape: torch.Size) -> Any:

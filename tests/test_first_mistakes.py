@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.optim import Adam
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
 from pyro_sam._base.cures import Data, explained, find_cure
@@ -328,6 +330,7 @@ def test_predictions_for_another_number_of_rows(x: Tensor, y: Tensor) -> None:
         (lambda x: pyro.plate("data", N), r"Plate 'data' takes 60 rows at a time, but site 'obs' has 90 along that"),
         (scaled, r"A plate was given more rows than its size.* N if y is not None else len\(x\)"),
     ):
+        pyro.clear_param_store()
         model = make(plate=plate)
         guide = ps.MeanFieldNormal(model).initialize(x, y)
         with pytest.raises(ValueError, match=message):
@@ -539,3 +542,103 @@ def test_the_history_of_a_fit_holds_the_weighted_kl(x: Tensor, y: Tensor) -> Non
     svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO(kl_weight=0.3))
     history = ps.fit(svi, [(x, y)], 1, progress=False)
     assert history["data"][0] + history["kl"][0] == pytest.approx(history["loss"][0])
+
+
+def test_a_guide_has_what_was_loaded_before_its_first_call(x: Tensor, y: Tensor, tmp_path: Path) -> None:
+    model = make()
+    guide = ps.MeanFieldNormal(model)
+    train(model, x, y, guide=guide)
+    pyro.get_param_store().save(str(tmp_path / "posterior.pt"))
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "posterior.pt"))
+    loaded = ps.MeanFieldNormal(model).initialize(x, y)
+    for ours, theirs in ((loaded.median(), guide.median()), (loaded.state_dict(), guide.state_dict())):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_cell_with_initialize_that_is_run_twice_says_that_it_goes_on(x: Tensor, y: Tensor) -> None:
+    model = make()
+    first = ps.MeanFieldNormal(model)
+    train(model, x, y, guide=first)
+    with pytest.warns(UserWarning, match=r"the guide is new and took over 8 parameters .* pyro.clear_param_store\(\)"):
+        second = ps.MeanFieldNormal(model).initialize(x, y)
+    assert torch.equal(second.median()["0.bias"], first.median()["0.bias"])
+    with pyro.settings.context(module_local_params=True):
+        ps.MeanFieldNormal(make()).initialize(x, y)
+
+
+def test_guide_before_model_or_svi_in_their_place(x: Tensor, y: Tensor) -> None:
+    model = make()
+    guide = ps.MeanFieldNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    svi.step(x, y)
+    with pytest.raises(ValueError, match=r"model must come first and its guide second, got the guide first"):
+        ps.predict(guide, model, x)
+    with pytest.raises(ValueError, match=r"got an SVI: give svi.model, and svi.guide after it"):
+        ps.predict(svi, x)
+    with pytest.raises(ValueError, match=r"got an SVI: give svi.model"):
+        ps.flatness.sharpness(svi, x, y)
+
+
+def test_predictions_for_a_loader(x: Tensor, y: Tensor) -> None:
+    model = make()
+    guide = ps.MeanFieldNormal(model).initialize(x, y)
+    with pytest.raises(ValueError, match=r"got a DataLoader: give all rows, with batch_size="):
+        ps.predict(model, guide, DataLoader(TensorDataset(x, y)))
+
+
+def test_fit_on_a_pair_that_is_no_loader(x: Tensor, y: Tensor) -> None:
+    model = make()
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    with pytest.raises(ValueError, match=r"give it in a list, \[\(x, y\)\]"):
+        ps.fit(svi, (x, y), 1, progress=False)
+    assert not len(pyro.get_param_store())
+    ps.fit(svi, [(x, y)], 1, progress=False)
+
+
+def test_a_tuple_of_equal_batches_is_a_loader(x: Tensor) -> None:
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with scaled(x):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=x[:, 0])
+
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    assert len(ps.fit(svi, x.split(B), 2, progress=False)["loss"]) == 2
+
+
+def test_a_callback_that_is_a_class(x: Tensor, y: Tensor) -> None:
+    model = make()
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    with pytest.raises(ValueError, match=r"got the class EarlyStopping: give EarlyStopping\(...\)"):
+        ps.fit(svi, [(x, y)], 1, progress=False, callbacks=[ps.EarlyStopping])
+
+
+def test_frozen_layers_that_become_latents() -> None:
+    net = classifier()
+    net[0].requires_grad_(False)  # type: ignore[index]
+    with pytest.warns(
+        UserWarning, match=r"2 parameters of net that do not require grad, .* hide=\['0.bias', '0.weight'\]"
+    ):
+        ps.BayesianModule(net)
+    ps.BayesianModule(net, hide="0")
+    ps.BayesianModule(net.requires_grad_(False))  # all of them: a trained network that only starts the guide
+
+
+@pytest.mark.watched
+def test_a_training_that_diverges_is_told_to_lower_the_learning_rate(x: Tensor, y: Tensor) -> None:
+    torch.set_default_dtype(torch.float32)
+    model, x = make(), x.float()
+    guide = ps.MeanFieldNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), ps.SAM_ELBO())
+    for _ in range(2):  # the third step is the one that is looked at
+        svi.step(x, y)
+    for scale in guide.scales.parameters():
+        scale.data.fill_(-60.0)  # softplus(-60) = 1e-26, whose square is 0 and makes torch's KL infinite
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        svi.step(x, y)
+    text = " ".join(str(warning.message) for warning in told)
+    assert "inf the ordinary way" in text
+    assert "diverges, with scales or weights too small or large for their precision: lower the learning rate" in text
+    assert "reads something that changes" not in text

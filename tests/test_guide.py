@@ -344,3 +344,52 @@ def test_a_sam_radius_is_how_far_noise_of_the_length_of_a_draw_moves_all_latents
 def test_a_sam_radius_is_positive(radius: Any, what: str) -> None:
     with pytest.raises(ValueError, match=f"radius must be {what}, got radius="):
         ps.SAMRadius(radius)
+
+
+@pytest.mark.parametrize("learn_scale", [True, False])
+def test_the_posterior_is_what_the_guide_samples_from(learn_scale: bool) -> None:
+    guide = moved(ps.MeanFieldNormal(model, learn_scale=learn_scale))
+    posterior = guide.posterior()
+    assert list(posterior) == NAMES
+    nodes = trace(guide).get_trace().nodes
+    for name, site in posterior.items():
+        value = nodes[name]["value"]
+        assert site.shape() == nodes[name]["fn"].shape()
+        torch.testing.assert_close(site.log_prob(value), nodes[name]["fn"].log_prob(value))
+    torch.testing.assert_close(posterior["real"].mean, guide.median()["real"])
+    half_width = (guide.quantiles([0.841344746])["real"][0] - guide.median()["real"]).detach()
+    torch.testing.assert_close(posterior["real"].stddev, half_width, rtol=1e-6, atol=1e-6)
+
+
+def test_the_posterior_stays_when_training_goes_on() -> None:
+    guide = ps.MeanFieldNormal(model).initialize()
+    posterior = guide.posterior()
+    values = guide.median()
+    known = {name: posterior[name].log_prob(values[name]) for name in NAMES}
+    moved(guide)
+    for name in NAMES:
+        assert torch.equal(posterior[name].log_prob(values[name]), known[name])
+        assert not known[name].requires_grad
+
+
+def test_the_posterior_as_the_next_prior_has_no_kl_to_itself() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    guide = ps.MeanFieldNormal(ps.BayesianModule(net)).initialize(torch.randn(4, 3))
+    torch.manual_seed(1)
+    for parameter in guide.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    posterior = guide.posterior()
+    following = ps.BayesianModule(net, prior=lambda name, parameter: posterior[name])
+    prior = trace(following).get_trace(torch.randn(4, 3)).nodes
+    for name in posterior:
+        assert kl_divergence(posterior[name], prior[name]["fn"]) == 0
+
+
+@pytest.mark.parametrize("read", [lambda g: g.median(), lambda g: g.quantiles([0.5]), lambda g: g.posterior()])
+def test_a_guide_without_parameters_or_with_replicas_has_no_posterior_of_its_own(read: Any) -> None:
+    with pytest.raises(ValueError, match=r"no parameters yet; call guide.initialize\(\*args\)"):
+        read(ps.MeanFieldNormal(model))
+    guide = ps.MeanFieldNormal(model, num_replicas=2).initialize()
+    with pytest.raises(ValueError, match=r"use guide.replica\(r\)"):
+        read(guide)
+    read(guide.replica(1))

@@ -32,6 +32,7 @@ def predicted(likelihood: Any, y: Tensor, num_samples: int = 50) -> ps.Predictio
         with pyro.plate("data", len(x)):
             pyro.sample("obs", likelihood(w, x), obs=y)
 
+    pyro.clear_param_store()
     x = torch.linspace(-2, 2, len(y))
     return ps.predict(model, ps.MeanFieldNormal(model, init_scale=0.3).initialize(x, y), x, num_samples=num_samples)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -19,7 +18,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_sam._base import takeover
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._base.replicas import check_own, check_statistics, replicas_of, sum_of, sum_of_good
@@ -269,10 +267,7 @@ class SAM_ELBO(ELBO):
                 "the guide itself, and put handlers such as poutine.scale around the model."
             )
         if isinstance(call.guide, MeanFieldNormal):
-            is_new = call.guide.prototype_trace is None and not pyro.settings.get("module_local_params")
-            left = takeover.left_by_others(f"{call.guide._pyro_name}.") if is_new else set()
             call.guide.initialize(*call.args, **call.kwargs)
-            takeover.warn_of(left and left & takeover.names_of(call.guide))
         pair = self._knowledge.of(call)
         if number is not None:
             check_statistics(pair.surroundings(call).modules)

@@ -124,7 +124,7 @@ def _watched(
         if not what:
             return taken.loss
         buffers.restore()
-    _give_up(pair, what)
+    _give_up(pair, what, _CHANGES if math.isfinite(right.value) else _DIVERGES)
     rewind()
     return ordinary().loss
 
@@ -184,13 +184,21 @@ def _norm(gradient: Tensor | None) -> float:
     return 0.0 if gradient is None else float(gradient.detach().double().norm())
 
 
-def _give_up(pair: Pair, what: str) -> None:
+_CHANGES = (
+    "The model most likely reads something that changes between its runs, such as a counter, a file or a random stream "
+    "of its own: give such values as arguments. SAM_ELBO(fast=False) takes ordinary steps from the start."
+)
+_DIVERGES = (
+    "The training most likely diverges, with scales or weights too small or large for their precision: lower the "
+    "learning rate, and start anew."
+)
+
+
+def _give_up(pair: Pair, what: str, cause: str = _CHANGES) -> None:
     pair.slow = what
     warnings.warn(
         f"A shortened step gave other numbers than the ordinary one ({what}), so only ordinary steps are taken from "
-        "now on for this model and guide, and their numbers are used. The model most likely reads something that "
-        "changes between its runs, such as a counter, a file or a random stream of its own: give such values as "
-        "arguments. SAM_ELBO(fast=False) takes ordinary steps from the start.",
+        f"now on for this model and guide, and their numbers are used. {cause}",
         UserWarning,
         stacklevel=4,
     )

@@ -8,11 +8,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import DataLoader
 
 from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
@@ -63,8 +65,8 @@ def predict(
     Returns:
         The mixture of the likelihoods.
     Raises:
-        ValueError: If a number is not positive, the model has no such site, the site has no batch dimension, or a
-            latent is missing from the guide.
+        ValueError: If a number is not positive, the model has no such site, the site has no batch dimension, a latent
+            is missing from the guide, or the arguments hold a DataLoader.
         ImportError: If ``progress`` is asked for without tqdm.
     """
     positive_int("num_samples", num_samples)
@@ -73,6 +75,11 @@ def predict(
     if batch_size is not None:
         positive_int("batch_size", batch_size)
     check_pair(model, guide)
+    if any(isinstance(arg, DataLoader) for arg in args):
+        raise ValueError(
+            "args must be those of the model, such as a tensor of rows, got a DataLoader: give all rows, with "
+            "batch_size= for the number to run at once, or call predict for each batch of the loader."
+        )
     batches, number = list(_batches(args, batch_size)), replicas_of(guide)
     if number is None and replica is not None:
         raise ValueError(f"replica={replica!r} needs a guide with replicas, MeanFieldNormal(model, num_replicas=R).")
@@ -249,11 +256,15 @@ def check_pair(model: Any, guide: Any) -> None:
     """Check what is asked of the posterior of a trained guide.
 
     Raises:
-        ValueError: If model or guide cannot be called, or the guide has no parameters yet.
+        ValueError: If model or guide cannot be called, come in another order, or the guide has no parameters yet.
     """
+    if isinstance(model, SVI):
+        raise ValueError("model must be a Pyro model, got an SVI: give svi.model, and svi.guide after it.")
     function("model", model, "a Pyro model")
     function("guide", guide, "a Pyro guide")
     guide = poutine.unwrap(guide)
+    if isinstance(poutine.unwrap(model), AutoGuide) and not isinstance(guide, AutoGuide):
+        raise ValueError("model must come first and its guide second, got the guide first: change their order.")
     if isinstance(guide, AutoGuide) and getattr(guide, "prototype_trace", True) is None:
         raise ValueError(
             f"guide {type(guide).__name__} has no parameters yet, and without observations it would take the observed "

@@ -63,7 +63,18 @@ def check_run(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
         )
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
         raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
+    if isinstance(loader, tuple) and all(isinstance(part, Tensor) for part in loader) and _differ(loader):
+        raise ValueError(
+            "loader must hold batches, got a tuple of different tensors, each of which would be a batch: for a single "
+            "batch of all rows give it in a list, [(x, y)]."
+        )
     if type(num_epochs) is not int or num_epochs < 1:
         raise ValueError(f"num_epochs must be a positive whole number, got num_epochs={num_epochs!r}.")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise ValueError(f"callbacks must be a sequence of callables, got callbacks={callbacks!r}.")
+    if classes := [callback.__name__ for callback in callbacks if isinstance(callback, type)]:
+        raise ValueError(f"callbacks must be objects, got the class {classes[0]}: give {classes[0]}(...).")
+
+
+def _differ(parts: Sequence[Tensor]) -> bool:
+    return len({(part.dtype, part.shape[1:]) for part in parts}) > 1

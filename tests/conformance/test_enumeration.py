@@ -244,6 +244,7 @@ def test_predictions_draw_the_site_that_the_loss_sums_over() -> None:
 
 
 def refused(model: Any, match: str, law: ps.Perturbation | None = None, **settings: Any) -> None:
+    pyro.clear_param_store()
     guide = started(ps.MeanFieldNormal, model)
     with pytest.raises(ValueError, match=match):
         ps.SAM_ELBO(law or ps.Gaussian(), **settings).loss_and_grads(model, guide)

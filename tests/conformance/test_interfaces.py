@@ -226,6 +226,7 @@ def test_activation_checkpointing_in_the_model_changes_nothing(law: ps.Perturbat
             with pyro.plate("data", 12):
                 pyro.sample("obs", dist.Normal(mean.squeeze(-1), 0.7), obs=Y)
 
+        pyro.clear_param_store()
         pyro.set_rng_seed(0)
         guide = ps.MeanFieldNormal(model).initialize()
         pyro.set_rng_seed(1)
