@@ -172,7 +172,7 @@ class TestWrongMethods:
         ("old", "new", "fails"),
         [
             ("init_loc_fn=ps.nn.init_to_module(bnn), ", "", 'first["AutoDiagonalNormal"] <'),
-            ("lambda name, parameter: dist.Normal(*posterior[name])", "wide", "kept > forgot"),
+            ("lambda name, parameter: posterior[name]", "wide", "kept > forgot"),
         ],
     )
     def test_of_trained_networks_another_beginning(self, old: str, new: str, fails: str) -> None:
