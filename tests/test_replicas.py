@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -430,6 +431,17 @@ def test_replicas_start_at_fresh_weights_and_the_first_at_the_networks() -> None
     same = ps.MeanFieldNormal(classifier(net), num_replicas=R, init_loc_fn=ps.nn.init_to_module(bnn))
     weights = same.initialize(X, LABELS).get_parameter("locs.0.weight_unconstrained").detach()
     assert all(torch.equal(row, net[0].weight) for row in weights)
+
+
+def test_a_rule_of_the_initial_scale_sees_each_replicas_own_site() -> None:
+    model = MODELS["mlp"][0]()
+    guide = ps.MeanFieldNormal(model, init_scale=lambda site: 0.1 * site["value"].abs() + 1e-3, num_replicas=R)
+    guide.initialize(X, LABELS)
+    for r in range(R):
+        one = guide.replica(r)
+        for name, loc in one.median().items():
+            scale = attrgetter(name)(one.scales)
+            torch.testing.assert_close(scale, 0.1 * loc.abs() + 1e-3)
 
 
 def test_a_layer_that_cannot_start_anew_is_named() -> None:
