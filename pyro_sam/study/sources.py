@@ -13,6 +13,7 @@ from pyro_sam.study.tables import Array, DataError, Table, check, read_csv, read
 Tables = tuple[Table, ...]
 _TRAIN_IMAGES = 60_000
 _IMAGE_PARTS = ("x_train", "y_train", "x_test", "y_test")
+SYSTEM = Path("/usr/share/datasets")  # where Debian's packages put data sets
 _NETWORK_PATIENCE = 20.0  # seconds
 
 
@@ -30,14 +31,25 @@ def fetch(spec: Spec, seed: int, data_dir: Path | None) -> tuple[Tables, str]:
     """
     if spec.bundled is not None:
         return (check(spec.bundled(), spec.num_classes),), spec.origin
-    if data_dir is not None:
-        if not data_dir.is_dir():
-            raise DataError(f"--data-dir must be a folder, got {data_dir}.")
-        found = _images(spec, data_dir) if spec.image else _regression(spec, data_dir, seed)
-        if found is not None:
-            return found
+    found = local(spec, seed, data_dir)
+    if found is not None:
+        return found
     table = check(_openml(spec, data_dir), spec.num_classes)
     return (_published_parts(table) if spec.published_split else (table,)), f"OpenML {spec.openml_id}"
+
+
+def local(spec: Spec, seed: int, data_dir: Path | None) -> tuple[Tables, str] | None:
+    """Return what :func:`fetch` returns where files hold it, of the data folder or of a Debian package; else None.
+
+    Raises:
+        DataError: If ``data_dir`` is no folder, or a file cannot be used.
+    """
+    if data_dir is not None and not data_dir.is_dir():
+        raise DataError(f"--data-dir must be a folder, got {data_dir}.")
+    if not spec.image:
+        return None if data_dir is None else _regression(spec, data_dir, seed)
+    folders = (folder for folder in (data_dir, SYSTEM) if folder is not None)
+    return next((found for folder in folders if (found := _images(spec, folder)) is not None), None)
 
 
 def _images(spec: Spec, data_dir: Path) -> tuple[Tables, str] | None:
@@ -126,7 +138,9 @@ def _published_parts(table: Table) -> Tables:
 def _how_to_get(spec: Spec, data_dir: Path | None, why: str) -> str:
     folder = data_dir or Path("DIR")
     if spec.image:
-        put = f"{folder / spec.npz[0]}, or the four official *-ubyte.gz files as {folder / spec.files[0]}/"
+        put = f"{folder / spec.npz[0]}, with arrays {', '.join(_IMAGE_PARTS)}"
+        if spec.files:
+            put += f", or the four official *-ubyte.gz files as {folder / spec.files[0]}/"
     else:
         layout = f"{spec.features} input columns, then the target"
         put = f"{folder / spec.files[0]} ({layout}), or {folder / UCI_NPZ}"

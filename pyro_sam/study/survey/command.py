@@ -34,9 +34,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(size="normal")
     option("--data", nargs="+", metavar="NAME", default=[], help="data sets of the study [those of the size]")
-    option("--methods", nargs="+", metavar="NAME", default=[], help="methods of the study [all]")
+    option("--methods", nargs="+", metavar="NAME", default=[], help="methods of the study [all that are installed]")
     option("--seeds", type=arguments.whole, metavar="N", help="number of runs after tuning [that of the size]")
     option("--trials", type=arguments.whole, metavar="N", help="tuning trials of each method [those of the size]")
+    option("--gradients", type=arguments.whole, metavar="N", help="gradients of a run [those of data set and size]")
     option("--out", type=Path, default=Path("results/study"), metavar="DIR", help="folder of the study [%(default)s]; "
            "processes with one folder share the work, and a killed study goes on")  # fmt: skip
     option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
@@ -82,27 +83,39 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], None]) -> None:
     from pyro_sam.study.survey.flat import at_equal_settings
-    from pyro_sam.study.survey.methods import METHODS
     from pyro_sam.study.survey.problems import SOURCES, Draws
     from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY
     from pyro_sam.study.survey.sensitivity import at_alphas
     from pyro_sam.study.survey.sizes import SIZES
     from pyro_sam.study.survey.studying import study
 
-    given = {"seeds": args.seeds, "trials": args.trials}
+    given = {"seeds": args.seeds, "trials": args.trials, "equal_budget": args.gradients}
     size = dataclasses.replace(SIZES[args.size], **{name: value for name, value in given.items() if value})
     data = _known("--data", args.data, SOURCES) or list(size.data)
-    methods = _known("--methods", args.methods, METHODS) or list(METHODS)
+    methods = _methods(args.methods, say)
     if args.flatness:
         for name in data:
-            gradients = round(SOURCES[name].gradients * size.gradients / 2)
-            records.add(at_equal_settings(name, gradients, size.seeds), FLATNESS)
+            records.add(at_equal_settings(name, size.budget(SOURCES[name]) // 2, size.seeds), FLATNESS)
     elif args.sensitivity:
         for name in data:
             draws = Draws(SOURCES[name], args.data_dir, size.test_rows)
             records.add(at_alphas(records.read(), draws, size.seeds), SENSITIVITY)
     else:
         study(data, methods, size, records, args.data_dir, say)
+
+
+def _methods(given: list[str], say: Callable[[str], None]) -> list[str]:
+    """Return the methods asked for, or all whose packages are installed."""
+    from pyro_sam.study.survey.methods import METHODS
+
+    found, cure = _known("--methods", given, METHODS), "not installed: pip install pyro-sam[outside]."
+    lacking = [name for name in found or METHODS if not METHODS[name].is_installed]
+    if lacking:
+        packages = ", ".join(str(METHODS[name].needs) for name in lacking)
+        if found:
+            raise arguments.UsageError(f"--methods {', '.join(lacking)} needs {packages}, {cure}")
+        say(f"left out {', '.join(lacking)}, which needs {packages}, {cure}")
+    return [name for name in found or METHODS if name not in lacking]
 
 
 def _known(option: str, given: list[str], names: object) -> list[str]:

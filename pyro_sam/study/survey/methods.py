@@ -1,10 +1,13 @@
 r"""The methods of the study: which law, which guide, what is tuned, what a step costs.
 
-Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03; bSAM's, of another kind, 0.01 to 3), both on a
-log scale, and every radius begins at 0. The first trial of each has ``kl_weight`` 1 and ``alpha`` 0.
+Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03; of another kind are bSAM's, 0.01 to 3, and
+IVON's, 0.01 to 1), both on a log scale, and every radius begins at 0. The first trial of each that Pyro's SVI trains
+has ``kl_weight`` 1 and ``alpha`` 0.
 """
 
+import importlib.util
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,7 +37,11 @@ class Method:
         like: Method whose tuned settings it takes; None to be tuned itself.
         budget: Its gradients over those of the others.
         members: Networks whose predictions are mixed.
-        own: Whether it has an optimiser of its own, bSAM, in the place of Pyro's SVI.
+        zero: Its number that may be 0, where it is plain variational inference or a network without a climb.
+        own: Whether it has an optimiser of its own in the place of Pyro's SVI.
+        plain: Whether that trains a network without Pyro, one run after another.
+        outside: Whether it is none of the library's methods.
+        needs: Module of a further package that it is from.
     """
 
     name: str
@@ -47,7 +54,16 @@ class Method:
     like: str | None = None
     budget: float = 1.0
     members: int = 1
+    zero: str | None = None
     own: bool = False
+    plain: bool = False
+    outside: bool = False
+    needs: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the package that it is from is there."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     def distributions(self) -> dict[str, Any]:
         """Return what is searched, as Optuna's distributions by name."""
@@ -66,17 +82,21 @@ class Method:
         scale = torch.full((replicas,), _INIT_SCALE if self.guide == "learnt" else _POINT_SCALE)
         if self.guide == "radius":
             scale = (numbers["rho"] / math.sqrt(num_weights)).clamp_min(_POINT_SCALE)
-        return ps.MeanFieldNormal(
-            model,
-            init_scale=lambda site: scale.view(-1, *[1] * site["value"].dim()),
-            learn_scale=self.guide == "learnt",
-            num_replicas=replicas,
-        )
+        asked: Counter[str] = Counter()
+
+        def one_each(site: Any) -> float:
+            r = asked[site["name"]] % replicas  # a guide asks once for each replica, in their order
+            asked[site["name"]] += 1
+            return float(scale[r])
+
+        return ps.MeanFieldNormal(model, init_scale=one_each, learn_scale=self.guide == "learnt", num_replicas=replicas)
 
 
 _ALPHA, _RADIUS, _KAPPA = {"alpha": (-3.0, 15.0)}, {"rho": (0.0, 15.0)}, {"kappa": (0.0, 3.0)}
 _SAM, _ASAM, _FIXED = {"rho": (0.0, 0.5)}, {"rho": (0.0, 3.0)}, {"rho": (0.0, 2.0)}
 _BSAM = {"rho": (0.0, 2.0), "lr": (1e-2, 3.0, True)}
+_IVON = {"lr": (1e-2, 1.0, True), "hess_init": (1e-3, 1.0, True)}
+_SWAG, _DROPOUT = {"swa_lr": (1e-4, 1e-2, True)}, {"rate": (0.0, 0.5)}
 _PREVIOUS: dict[str, Any] = {"ascent": "previous"}
 
 
@@ -116,16 +136,19 @@ def _mixture(numbers: Numbers) -> ps.Perturbation:
     return ps.Mixture([ps.Gaussian(), ps.AscendedSample(numbers["alpha"])], [0.5, 0.5])
 
 
+_PLAIN: dict[str, Any] = {"law": _mean, "cost": 1, "guide": "point", "own": True, "plain": True, "outside": True}
 _ALL = (
     Method("mfvi", "Gaussian noise: mean-field variational inference", _gaussian, cost=1),
     Method("map", "maximum a posteriori", _mean, cost=1, guide="point"),
-    Method("ascended", "Gaussian noise, then a climb of alpha", _ascended, _ALPHA),
-    Method("ascended-previous", "the same along remembered gradients", _ascended, _ALPHA, 1, elbo=_PREVIOUS),
+    Method("ascended", "Gaussian noise, then a climb of alpha", _ascended, _ALPHA, zero="alpha"),
+    Method("ascended-previous", "the same along remembered gradients", _ascended, _ALPHA, 1, elbo=_PREVIOUS,
+           zero="alpha"),
     Method("variational-sam", "worst noise in the posterior's ball", _adversarial, _RADIUS),
-    Method("sam", "worst noise in a Euclidean ball, fixed scale: SAM", _sam, _SAM, guide="point"),
+    Method("sam", "worst noise in a Euclidean ball, fixed scale: SAM", _sam, _SAM, guide="point",
+           zero="rho"),
     Method("mix-sam", "worst and random noise of length rho, learnt scale", _mix, {**_RADIUS, **_KAPPA}),
     Method("antithetic", "pairs of Gaussian noises z and -z", lambda _: Antithetic(), elbo={"num_particles": 2}),
-    Method("mixture", "a coin between Gaussian noise and the climb", _mixture, _ALPHA, 1.5),
+    Method("mixture", "a coin between Gaussian noise and the climb", _mixture, _ALPHA, 1.5, zero="alpha"),
     Method("variational-sam-mean", "variational-sam, scale gradient at the mean", _adversarial, _RADIUS,
            elbo={"scale_gradient": "mean"}),
     Method("variational-sam-previous", "variational-sam along remembered gradients", _adversarial, _RADIUS, 1,
@@ -134,11 +157,16 @@ _ALL = (
     Method("random-sam", "Gaussian noise of the fixed length rho", _gaussian, _FIXED, 1, "radius"),
     Method("mix-sam-fixed", "worst and random noise of length rho, fixed scale", _mix_fixed, {**_FIXED, **_KAPPA}, 2,
            "radius"),
-    Method("asam", "worst noise in an adaptive ball, fixed scale: ASAM", _asam, _ASAM, guide="point"),
-    Method("sam-previous", "sam along remembered gradients", _sam, _SAM, 1, "point", _PREVIOUS),
+    Method("asam", "worst noise in an adaptive ball, fixed scale: ASAM", _asam, _ASAM, guide="point", zero="rho"),
+    Method("sam-previous", "sam along remembered gradients", _sam, _SAM, 1, "point", _PREVIOUS, zero="rho"),
     Method("mfvi-twice", "mfvi with twice the gradients: has it converged?", _gaussian, cost=1, like="mfvi", budget=2),
     Method("ensemble", "five networks of map mixed, five times the gradients", _mean, cost=1, guide="point",
-           like="map", budget=5, members=5),
-    Method("bsam", "bSAM, an optimiser with a posterior of its own", _gaussian, _BSAM, own=True),
+           like="map", budget=5, members=5, outside=True),
+    Method("bsam", "bSAM, an optimiser with a posterior of its own", _gaussian, _BSAM, zero="rho", own=True,
+           outside=True),
+    Method("ivon", "IVON, a natural gradient for a mean-field posterior", needs="ivon", space=_IVON, **_PLAIN),
+    Method("laplace", "Laplace's approximation on the last layer of map", needs="laplace", like="map", **_PLAIN),
+    Method("swag", "SWAG: a Gaussian of the weights that map passes through", space=_SWAG, **_PLAIN),
+    Method("dropout", "MC dropout", space=_DROPOUT, zero="rate", **_PLAIN),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

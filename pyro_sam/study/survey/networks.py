@@ -1,7 +1,8 @@
 """The networks of the study: plain torch modules, which take flat inputs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pyro_sam.study.survey.problems import Problem, Source
 
 _WIDTH, _HEADS, _LAYERS = 32, 4, 2  # of the transformer
+_STEPS_BEFORE = 300  # of a network that is tuned later
 _STAGES, _BLOCKS, _GROUPS = (16, 32, 64), 3, 8  # of the residual network
 
 
@@ -27,16 +29,36 @@ def plain_network(source: Source, problem: Problem) -> nn.Module:
 
 def mlp(source: Source, problem: Problem) -> nn.Module:
     """Return a ReLU network with the hidden layers of ``source.hidden``."""
-    widths = (problem.x.shape[1], *source.hidden, source.num_outputs)
+    return _mlp((problem.x.shape[1], *source.hidden, source.num_outputs))
+
+
+def _mlp(widths: Sequence[int]) -> nn.Sequential:
     layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
+
+
+def tuned_mlp(source: Source, problem: Problem) -> nn.Module:
+    """Return the network of :func:`mlp` that was trained on the classes left out, with a new last layer at 0.
+
+    Its parameters are the movements of its weights, so that every prior and every decay draws to where it begins.
+
+    Raises:
+        ValueError: If the problem has no rows of classes left out.
+    """
+    if problem.before is None:
+        raise ValueError(f"the network tuned_mlp needs a source with classes left out, {source.name} has all.")
+    layers = list(_trained(source.hidden, *problem.before))[:-1]
+    head = nn.Linear(source.hidden[-1], source.num_outputs).requires_grad_(False)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*(Moved(each) if isinstance(each, nn.Linear) else each for each in [*layers, head]))
 
 
 def lenet(source: Source, problem: Problem) -> nn.Module:
     """Return LeNet-5 with ReLU and maxima, for images of 28x28."""
     return nn.Sequential(
-        nn.Unflatten(-1, (1, *source.image[:2])),
-        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        ChannelsFirst(_image(source)),
+        *(nn.Conv2d(_image(source)[2], 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, source.num_outputs)),
     )
@@ -44,10 +66,10 @@ def lenet(source: Source, problem: Problem) -> nn.Module:
 
 def resnet20(source: Source, problem: Problem) -> nn.Module:
     """Return a residual network of 20 layers with GroupNorm, for colour images (He et al. 2016, section 4.2)."""
-    widths = [_STAGES[0], *(width for width in _STAGES for _ in range(_BLOCKS))]
+    shape, widths = _image(source), [_STAGES[0], *(width for width in _STAGES for _ in range(_BLOCKS))]
     return nn.Sequential(
-        ChannelsFirst(source.image),
-        *(nn.Conv2d(source.image[2], _STAGES[0], 3, padding=1, bias=False), GroupNorm(_GROUPS, _STAGES[0])),
+        ChannelsFirst(shape),
+        *(nn.Conv2d(shape[2], _STAGES[0], 3, padding=1, bias=False), GroupNorm(_GROUPS, _STAGES[0])),
         nn.ReLU(),
         *(ResidualBlock(*sizes) for sizes in pairwise(widths)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(_STAGES[-1], source.num_outputs)),
@@ -56,7 +78,7 @@ def resnet20(source: Source, problem: Problem) -> nn.Module:
 
 def transformer(source: Source, problem: Problem) -> nn.Module:
     """Return a transformer of two layers, LayerNorm first, which reads an image as the sequence of its rows."""
-    height, width, channels = source.image
+    height, width, channels = _image(source)
     return nn.Sequential(
         nn.Unflatten(-1, (height, width * channels)),
         *(nn.Linear(width * channels, _WIDTH), Positions(height, _WIDTH)),
@@ -65,9 +87,54 @@ def transformer(source: Source, problem: Problem) -> nn.Module:
     )
 
 
+def _image(source: Source) -> tuple[int, int, int]:
+    if source.image is None:
+        raise ValueError(f"the network {source.network} needs images, and {source.name} has none.")
+    return source.image
+
+
 NETWORKS: dict[str, Callable[[Source, Problem], nn.Module]] = {
-    each.__name__: each for each in (mlp, lenet, resnet20, transformer)
+    each.__name__: each for each in (mlp, tuned_mlp, lenet, resnet20, transformer)
 }
+
+
+@cache
+def _trained(hidden: tuple[int, ...], x: Tensor, y: Tensor) -> nn.Sequential:
+    """Return an MLP trained on rows, whatever the state of the random stream, which is left as it was."""
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(0)
+        net = _mlp((x.shape[1], *hidden, int(y.max()) + 1)).to(x)
+        optim = torch.optim.Adam(net.parameters(), 0.003)
+        for _ in range(_STEPS_BEFORE):
+            optim.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optim.step()
+    return net.requires_grad_(False)
+
+
+class Moved(nn.Linear):
+    """A linear layer whose parameters are what its weights have moved from a start: 0 at first, and a priori likely.
+
+    Args:
+        start: Layer with the weights of the start.
+    """
+
+    start_weight: Tensor
+    start_bias: Tensor
+
+    def __init__(self, start: nn.Linear) -> None:
+        super().__init__(start.in_features, start.out_features)
+        self.register_buffer("start_weight", start.weight.detach().clone())
+        self.register_buffer("start_bias", start.bias.detach().clone())
+
+    def reset_parameters(self) -> None:
+        """Go back to the start."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs at start plus movement."""
+        return nn.functional.linear(x, self.start_weight + self.weight, self.start_bias + self.bias)
 
 
 class ChannelsFirst(nn.Module):

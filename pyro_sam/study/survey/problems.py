@@ -1,21 +1,24 @@
 """The data sets of the study: rows to train on and rows held out, drawn by a seed."""
 
 import math
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyro_sam.study.catalogue import CATALOGUE, Task
-from pyro_sam.study.datasets import Dataset, load
+from pyro_sam.study.catalogue import Task
+from pyro_sam.study.datasets import Dataset
+from pyro_sam.study.survey.rows import SPECS, foreign, of_classes, rows, with_wrong_labels
 
 HeldOut = Literal["validation", "test"]
 TUNING_SEED = 100  # the first of the tuning splits
-_IMAGES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "mnist-5k": (28, 28, 1), "fashion-mnist": (28, 28, 1)}
 _PUBLISHED = 20  # splits of the UCI sets; the last ones are for tuning
+_IMAGES = {"digits": (8, 8, 1), **dict.fromkeys(("mnist", "mnist-5k", "fashion-mnist"), (28, 28, 1)),
+           **dict.fromkeys(("cifar10", "cifar10-subset"), (32, 32, 3))}  # fmt: skip
+_FOREIGN = {"mnist": "fashion-mnist", "mnist-5k": "fashion-mnist", "fashion-mnist": "mnist"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Source:
         batch_size: Rows in a minibatch.
         network: Name of the network, one of :data:`~pyro_sam.study.survey.networks.NETWORKS`.
         hidden: Widths of the hidden layers of an MLP.
+        label_noise: Share of the labels that are wrong, of training and validation rows; those of test rows are right.
+        classes: Classes that are kept, numbered anew; None for all.
+        own_noise: Whether the network gives a second output, the logarithm of a regression's noise.
     """
 
     name: str
@@ -41,26 +47,34 @@ class Source:
     batch_size: int = 32
     network: str = "mlp"
     hidden: tuple[int, ...] = (50, 50)
+    label_noise: float = 0.0
+    classes: tuple[int, ...] | None = None
+    own_noise: bool = False
 
     @property
     def task(self) -> Task:
         """``"classification"`` or ``"regression"``."""
-        return CATALOGUE[self.base].task
+        return SPECS[self.base].task
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None for regression."""
-        return CATALOGUE[self.base].num_classes
+        return len(self.classes) if self.classes else SPECS[self.base].num_classes
 
     @property
     def num_outputs(self) -> int:
         """Number of the network's outputs."""
-        return self.num_classes or 1
+        return self.num_classes or 1 + self.own_noise
 
     @property
-    def image(self) -> tuple[int, int, int]:
-        """Height, width and channels of the inputs, which lie flat in this order."""
-        return _IMAGES[self.base]
+    def image(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the inputs, which lie flat in this order; None if they are no images."""
+        return _IMAGES.get(self.base)
+
+    @property
+    def at_once(self) -> int:
+        """Largest number of weight samples that run together: large networks gain nothing, and need the memory."""
+        return 1 if self.network in ("lenet", "resnet20") else 64
 
 
 _ALL = (
@@ -68,11 +82,24 @@ _ALL = (
     Source("breast-cancer", "breast-cancer"),
     Source("diabetes", "diabetes"),
     Source("digits", "digits", gradients=6000, batch_size=64),
+    Source("digits-sequence", "digits", gradients=6000, batch_size=64, network="transformer"),
+    Source("digits-noise-20", "digits", gradients=6000, batch_size=64, label_noise=0.2),
+    Source("digits-noise-40", "digits", gradients=6000, batch_size=64, label_noise=0.4),
+    Source("digits-tuned", "digits", rows=50, validation=200, batch_size=25, network="tuned_mlp",
+           classes=(0, 1, 2, 3, 4)),
+    Source("wave", "wave", rows=200, validation=1000, own_noise=True),
     Source("mnist-800", "mnist", rows=800, validation=2000),
+    Source("mnist-1000", "mnist", rows=1000, validation=2000),
     Source("fashion-800", "fashion-mnist", rows=800, validation=2000),
     Source("mnist-5k", "mnist-5k", gradients=8000, batch_size=64),
+    Source("fashion-5k", "fashion-mnist", gradients=8000, rows=5000, validation=2000, batch_size=64),
+    Source("mnist", "mnist", gradients=20_000, batch_size=128, hidden=(400, 400)),
+    Source("mnist-2000-lenet", "mnist", gradients=4000, rows=2000, validation=2000, batch_size=64, network="lenet"),
+    Source("mnist-5k-lenet", "mnist-5k", gradients=8000, batch_size=64, network="lenet"),
+    Source("cifar-4000", "cifar10-subset", gradients=4000, network="resnet20"),
+    Source("cifar", "cifar10", gradients=40_000, batch_size=128, network="resnet20"),
     *(Source(name, name, hidden=(50,)) for name in ("boston", "concrete", "energy", "power-plant", "wine", "yacht")),
-)
+)  # fmt: skip
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
 
 
@@ -86,6 +113,8 @@ class Problem:
         x_out: Inputs of the rows held out, shape ``(m, d)``.
         y_out: Their labels or targets.
         log_unit: Logarithm of the targets' unit, which turns a density of standardised targets into one of targets.
+        outliers: Foreign inputs by name, shape ``(k, d)``.
+        before: Inputs and labels of the classes left out, which a network may have been trained on before.
     """
 
     x: Tensor
@@ -93,6 +122,8 @@ class Problem:
     x_out: Tensor
     y_out: Tensor
     log_unit: float
+    outliers: Mapping[str, Tensor] = field(default_factory=dict)
+    before: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +149,8 @@ class Draws:
         return [self._draw(seed, "test") for seed in range(number)]
 
     def _draw(self, seed: int, held_out: HeldOut) -> Problem:
-        dataset, source = _dataset(self._split(seed), self.source.base, self.data_dir), self.source
+        whole, source = rows(self.source.base, self._split(seed), self.data_dir), self.source
+        dataset = self._dataset(whole, self._split(seed))
         order = torch.randperm(len(dataset.x_train), generator=torch.Generator().manual_seed(seed))
         validation = int(source.validation if source.rows else source.validation * len(order))
         if held_out == "validation":
@@ -126,18 +158,44 @@ class Draws:
             x_out, y_out = dataset.x_train[out], dataset.y_train[out]
         else:
             x_out, y_out = dataset.x_test[: self.test_rows], dataset.y_test[: self.test_rows]
-        rows = order[: source.rows]
-        return Problem(dataset.x_train[rows], dataset.y_train[rows], x_out, y_out, math.log(dataset.y_scale))
+        x, y = (_taken(each, order[: source.rows]) for each in (dataset.x_train, dataset.y_train))
+        others = self._left_out(whole)
+        outliers = self._outliers(whole, others) if held_out == "test" else {}
+        before = (others.x_train, others.y_train) if others else None
+        return Problem(x, y, x_out, y_out, math.log(dataset.y_scale), outliers, before)
+
+    def _dataset(self, whole: Dataset, split: int) -> Dataset:
+        source = self.source
+        dataset = of_classes(whole, source.classes) if source.classes else whole
+        return with_wrong_labels(dataset, source.label_noise, split) if source.label_noise else dataset
+
+    def _left_out(self, whole: Dataset) -> Dataset | None:
+        """Return the rows of the classes left out."""
+        kept = self.source.classes
+        if kept is None:
+            return None
+        return of_classes(whole, tuple(k for k in range(whole.num_classes or 0) if k not in kept))
+
+    def _outliers(self, whole: Dataset, others: Dataset | None) -> dict[str, Tensor]:
+        """Return test images of the classes left out, or of another data set, put on the same range of values."""
+        if others is not None:
+            return {"classes": others.x_test}
+        name = _FOREIGN.get(self.source.base)
+        images = foreign(name, self.data_dir) if name else None
+        if name is None or images is None:
+            return {}
+        low, high = whole.x_train.min(), whole.x_train.max()
+        return {name: low + (high - low) * images}
 
     def _split(self, seed: int) -> int:
         """Return the split of a seed: subsets share one, so that no tuning split sees a test row."""
-        if self.source.rows is not None:
+        spec = SPECS[self.source.base]
+        if self.source.rows is not None or spec.published_split:
             return 0
-        spec = CATALOGUE[self.source.base]
         published = spec.task == "regression" and spec.bundled is None
         return _PUBLISHED - 1 - (seed - TUNING_SEED) if published and seed >= TUNING_SEED else seed
 
 
-@cache
-def _dataset(split: int, base: str, data_dir: Path | None) -> Dataset:
-    return load(base, split, data_dir)
+def _taken(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return rows; all of them are no copy, in whatever order they were asked for."""
+    return values if len(chosen) == len(values) else values[chosen]

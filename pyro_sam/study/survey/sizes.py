@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pyro_sam.study.survey.problems import Source
+
 
 @dataclass(frozen=True)
 class Size:
@@ -18,6 +20,7 @@ class Size:
         points: Points of a learning curve.
         test_rows: Largest number of test rows.
         data: Data sets, by default.
+        equal_budget: Gradients of a run on every data set, in the place of the data set's own; None for those.
     """
 
     gradients: float = 1.0
@@ -30,6 +33,11 @@ class Size:
     points: int = 6
     test_rows: int = 2000
     data: tuple[str, ...] = ("digits-120", "breast-cancer", "diabetes", "digits")
+    equal_budget: int | None = None
+
+    def budget(self, source: Source) -> int:
+        """Return the gradients of a run on a data set."""
+        return self.equal_budget or max(1, round(source.gradients * self.gradients))
 
 
 SIZES = {

@@ -81,7 +81,7 @@ def _settings(records: Records, draws: Draws, method: Method, size: Size) -> tup
 
 
 def _gradients(draws: Draws, size: Size) -> int:
-    return max(1, round(draws.source.gradients * size.gradients))
+    return size.budget(draws.source)
 
 
 def _run(
@@ -99,6 +99,7 @@ def _run(
         num_samples=size.num_samples,
         points=size.points,
         seed=2,
+        shift=True,
         look=lambda svi: flat.extend(flatness(svi, problems, members)),
     )
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
@@ -107,4 +108,4 @@ def _run(
 
 
 def _fields(outcome: Outcome) -> dict[str, Any]:
-    return {name: getattr(outcome, name) for name in ("metrics", "at_mean", "curve", "seconds")}
+    return {name: getattr(outcome, name) for name in ("metrics", "at_mean", "curve", "seconds", "shift")}

@@ -25,9 +25,15 @@ def methods_of(rows: Rows) -> list[str]:
     return [name for name in METHODS if name in present]
 
 
+def _title(name: str) -> str:
+    """Return the name of a method in a table."""
+    return f"{name} (outside)" if METHODS[name].outside else name
+
+
 def report(rows: Rows, equal: Rows = (), alphas: Rows = ()) -> str:
     """Return all tables: of the runs, of flatness at equal settings, and of what alpha alone changes."""
     parts = [f"## {data}\n\n{results(rows, data)}\n\n{curves(rows, data)}" for data in data_of(rows)]
+    parts += [f"## {data}: ELBO, and under shift\n\n{table}" for data in data_of(rows) if (table := shift(rows, data))]
     parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
     parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
     if equal:
@@ -54,12 +60,12 @@ def results(rows: Rows, data: str) -> str:
     for name in methods_of([row for row in rows if row["data"] == data]):
         first = next(row for row in rows if (row["data"], row["method"]) == (data, name))
         if "failed" in first:
-            lines.append([name, "failed"])
+            lines.append([_title(name), "failed"])
             continue
         difference = found.get(name)
         lines.append(
             [
-                name,
+                _title(name),
                 _mean(rows, data, name, "nll"),
                 _signed(difference),
                 "" if difference is None else f"{difference.holm:.3f}",
@@ -83,8 +89,19 @@ def curves(rows: Rows, data: str) -> str:
                 mean_and_error([nll for _, nll in point])[0]
                 for point in zip(*(row["curve"] for row in found), strict=True)
             ]
-            lines.append([name, *(f"{mean:.3f}" for mean in means)])
+            lines.append([_title(name), *(f"{mean:.3f}" for mean in means)])
     return _table(lines, heads)
+
+
+def shift(rows: Rows, data: str) -> str:
+    """Return the ELBO at kl_weight 1 per row, selective accuracy, NLL under shift and outlier AUROC; "" if none."""
+    measured = [row for row in rows if row["data"] == data and row.get("shift") is not None]
+    groups = {name: "metrics" for row in measured for name in ("elbo", "selective_accuracy") if name in row["metrics"]}
+    groups |= {name: "shift" for row in measured for name in row["shift"] if name.startswith(("nll", "auroc"))}
+    lines = [
+        [_title(name), *(_mean(rows, data, name, *each) for each in groups.items())] for name in methods_of(measured)
+    ]
+    return _table(lines, ["method", *(name.replace("_", " ") for name in groups)]) if measured else ""
 
 
 def summary(rows: Rows) -> str:
@@ -92,7 +109,7 @@ def summary(rows: Rows) -> str:
     data, found = data_of(rows), verdicts(rows)
     lines = [
         [
-            name,
+            _title(name),
             *(_MARKS[verdict[each]] if each in verdict else "" for each in data),
             _default(name, verdict, data),
             ", ".join(each for each in data if _is_less_accurate(rows, each, name)),
@@ -122,7 +139,7 @@ def flatness(rows: Rows) -> str:
     for data in data_of(rows):
         for name in methods_of([row for row in rows if row["data"] == data]):
             cells = [_mean(rows, data, name, measure, "flat") for measure in measures]
-            lines += [[data, name, _mean(rows, data, name, "nll"), *cells]] if any(cells) else []
+            lines += [[data, _title(name), _mean(rows, data, name, "nll"), *cells]] if any(cells) else []
     return _table(lines, ["data", "method", "NLL", *measures])
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from time import process_time
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import pyro_sam as ps
 from pyro_sam.study.survey.bsam import Trainer
+from pyro_sam.study.survey.measuring import Trained
 from pyro_sam.study.survey.methods import Method, Numbers
 from pyro_sam.study.survey.networks import plain_network
 from pyro_sam.study.survey.problems import Problem, Source
 
 Step = Callable[[Tensor, Tensor], Any]
-_CURVE_SAMPLES = 32
+CURVE_SAMPLES = 32
 _FINAL_LR = 0.02  # share of the learning rate that is left at the end
 
 
@@ -63,13 +64,14 @@ class Task:
     def stepper(self, svi: SVI, numbers: Numbers, num_rows: int) -> Step:
         """Return what takes a step of all replicas, called with inputs and targets of each in the first dimension."""
         if self.method.own:
-            return Trainer(svi, numbers, num_rows, self._share).step
+            return Trainer(svi, numbers, num_rows, self.share).step
         return lambda x, y: svi.step(ps.per_replica(x), ps.per_replica(y))
 
     def _cosine(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, self._share)
+        return LambdaLR(optimizer, self.share)
 
-    def _share(self, step: int) -> float:
+    def share(self, step: float) -> float:
+        """Return the share of the learning rate that is left at a step."""
         return _FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
 
 
@@ -83,6 +85,8 @@ def network(source: Source, problem: Problem) -> tuple[Callable[..., Tensor], in
         output = bnn(x)
         if source.task == "classification":
             likelihood: Any = dist.Categorical(logits=output)
+        elif source.own_noise:
+            likelihood = dist.Normal(output[..., 0], output[..., 1].exp())
         else:
             log_noise = pyro.sample("log_noise", dist.Normal(output.new_tensor(math.log(0.5)), output.new_ones(())))
             likelihood = dist.Normal(output.squeeze(-1), log_noise.exp())
@@ -127,16 +131,18 @@ class Outcome:
     """What a run gave.
 
     Args:
-        metrics: Of the posterior predictive, on the rows held out.
+        metrics: Of the posterior predictive, on the rows held out, and the ELBO where that was asked for.
         at_mean: Of the network at the guide's mean.
         curve: Pairs of gradients so far and NLL.
         seconds: Processor time of the training, shared out equally among the runs side by side.
+        shift: Of the posterior predictive, under shift.
     """
 
     metrics: dict[str, float]
     at_mean: dict[str, float]
     curve: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    shift: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -147,6 +153,7 @@ def train(
     num_samples: int,
     points: int = 1,
     seed: int = 0,
+    shift: bool = False,
     look: Callable[[SVI], Any] = lambda svi: None,
 ) -> list[Outcome]:
     """Train a method at each settings on the problem beside it, all side by side.
@@ -158,33 +165,44 @@ def train(
         num_samples: Weight samples of a prediction.
         points: Number of points of the learning curve.
         seed: Of initial weights, noise and minibatches.
+        shift: Whether to measure the ELBO, and the metrics under shift.
         look: Called with the SVI at the end, for more measures.
     Returns:
         The outcome of each run; its numbers are NaN where it ended so.
     """
+    if task.method.plain:
+        from pyro_sam.study.survey.outside.running import train as outside
+
+        options: dict[str, Any] = {"num_samples": num_samples, "points": points, "shift": shift, "look": look}
+        return outside(task, settings, problems, seed=seed, **options)
     members = task.method.members
     together = [problem for problem in problems for _ in range(members)]
     numbers = {name: torch.tensor([each[name] for each in settings for _ in range(members)]) for name in settings[0]}
-    x, y = torch.stack([each.x for each in together]), torch.stack([each.y for each in together])
-    streams = zip(*(_orders(x.shape[1], task.source.batch_size, seed + r) for r in range(len(together))), strict=True)
-    curves: list[list[tuple[int, float]]] = [[] for _ in problems]
-    everyone, seconds, done = torch.arange(len(together))[:, None], 0.0, 0
+    num_rows, batch_size = len(problems[0].x), task.source.batch_size
+    streams = zip(*(_orders(num_rows, batch_size, seed + r) for r in range(len(together))), strict=True)
+    outcomes = [Outcome({}, {}) for _ in problems]
+    seconds, done = 0.0, 0
     with apart(seed):
         svi = task.svi(numbers, problems[0])
-        step = task.stepper(svi, numbers, x.shape[1])
+        step, trained = task.stepper(svi, numbers, num_rows), Trained(svi, task.source, members)
         for k in range(1, points + 1):
             until, began = round(k * task.steps / points), process_time()
             for orders in islice(streams, until - done):
-                rows = torch.stack(orders)
-                step(x[everyone, rows], y[everyone, rows])
+                batches = [(each.x[rows], each.y[rows]) for each, rows in zip(together, orders, strict=True)]
+                step(*map(torch.stack, zip(*batches, strict=True)))
             seconds, done = seconds + process_time() - began, until
-            found = [_measures(svi, problems, members, num_samples if k == points else _CURVE_SAMPLES)]
-            for curve, metrics in zip(curves, found[0], strict=True):
-                curve.append((round(until * task.method.cost), metrics["nll"]))
-        at_mean = _measures(svi, problems, members, 1, at_mean=True)
+            found = trained.metrics(problems, num_samples if k == points else CURVE_SAMPLES)
+            for outcome, metrics in zip(outcomes, found, strict=True):
+                outcome.metrics = metrics
+                outcome.curve.append((round(until * task.method.cost), metrics["nll"]))
+        for outcome, metrics in zip(outcomes, trained.metrics(problems, 1, at_mean=True), strict=True):
+            outcome.at_mean, outcome.seconds = metrics, seconds / len(problems)
+        if shift:
+            found = trained.shift(problems, min(num_samples, CURVE_SAMPLES))
+            for outcome, elbo, metrics in zip(outcomes, trained.elbo(problems), found, strict=True):
+                outcome.metrics["elbo"], outcome.shift = elbo, metrics
         look(svi)
-    share = seconds / len(problems)
-    return [Outcome(*each, share) for each in zip(found[0], at_mean, curves, strict=True)]
+    return outcomes
 
 
 @contextmanager
@@ -194,53 +212,3 @@ def apart(seed: int) -> Iterator[None]:
         warnings.simplefilter("ignore")
         pyro.set_rng_seed(seed)
         yield
-
-
-def _measures(
-    svi: SVI, problems: Sequence[Problem], members: int, num_samples: int, *, at_mean: bool = False
-) -> list[dict[str, float]]:
-    """Return the metrics of each run; the training's random stream is left as it was."""
-    found = []
-    for k, problem in enumerate(problems):
-        replicas = range(k * members, (k + 1) * members)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(k)
-            try:
-                parts = [_predict(svi, r, problem.x_out, num_samples, at_mean) for r in replicas]
-                found.append(metrics_of(_mixed(parts), problem))
-            except ValueError:  # of a replica that ended in NaN
-                found.append(dict.fromkeys(("nll",), math.nan))
-    return found
-
-
-def _predict(svi: SVI, r: int, x: Tensor, num_samples: int, at_mean: bool) -> ps.Prediction:
-    guide = mean_of(svi.guide, r) if at_mean else svi.guide
-    replica = None if at_mean else r
-    return ps.predict(svi.model, guide, x, num_samples=num_samples, samples_at_once=num_samples, replica=replica)
-
-
-def mean_of(guide: ps.MeanFieldNormal, r: int) -> Callable[..., Any]:
-    """Return a guide without noise at the mean of a replica."""
-    values = guide.replica(r).median()
-
-    def at_mean(*args: Any) -> None:
-        for name, value in values.items():
-            pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
-
-    return at_mean
-
-
-def _mixed(parts: Sequence[ps.Prediction]) -> ps.Prediction:
-    """Return the equal mixture of predictions."""
-    return ps.Prediction([[*chain(*batches)] for batches in zip(*(part.batches for part in parts), strict=True)])
-
-
-def metrics_of(prediction: ps.Prediction, problem: Problem) -> dict[str, float]:
-    """Return the metrics of a prediction on the rows held out; of a regression in the targets' own units."""
-    y = problem.y_out
-    nll = float(ps.metrics.nll(prediction, y)) + problem.log_unit
-    if not problem.y.is_floating_point():
-        scores = (ps.metrics.accuracy, ps.metrics.brier, ps.metrics.ece)
-        return {"nll": nll, **{score.__name__: float(score(prediction, y)) for score in scores}}
-    rmse = math.exp(problem.log_unit) * float(ps.metrics.rmse(prediction, y))
-    return {"nll": nll, "rmse": rmse, "coverage": float(ps.metrics.interval_coverage(prediction, y))}
