@@ -15,8 +15,10 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from pyro.infer import SVI
+from pyro.optim import Adam
 from searcher import SPACE, TRAIN, VALIDATION, X, build, model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
 
@@ -294,6 +296,10 @@ REFUSED = [
     ({"space": {"alpha": SPACE["alpha"]}}, r"build reads 'kl_weight', which is not in the space; it has alpha\."),
     ({"space": {"alpha": 3}}, "space must be a dict of Optuna's distributions by name"),
     ({"space": {}}, "space must be a dict of Optuna's distributions by name"),
+    *[
+        ({"space": {**SPACE, name: SPACE["alpha"]}}, f"space must not have a setting of the name '{name}'")
+        for name in ("nll", "epoch", "state", "trial", "why")
+    ],
     ({"build": wrong_number}, r"build must return .*there are 2 trials, and the guide has num_replicas=1"),
     ({"build": lambda s: s["alpha"] + s["kl_weight"]}, "build must return a pyro"),
     ({"build": wrong_weights}, "kl_weight must have a number for each of the guide's 2 replicas, got 3"),
@@ -318,6 +324,57 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_recorded(change: dict[str,
     assert study.trials == []
     assert study.user_attrs == {}
     assert not list(pyro.get_param_store())
+
+
+def shared_parameter() -> Any:
+    bnn = ps.BayesianModule(nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)).double(), hide="0")
+    return network(bnn), None
+
+
+def shared_statistics() -> Any:
+    bnn = ps.BayesianModule(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)).double())
+    return network(bnn), None
+
+
+def shared_guide() -> Any:
+    return model, ps.MeanFieldNormal(model)
+
+
+def network(bnn: Any) -> Any:
+    def regression(x: Tensor, y: Tensor | None = None) -> None:
+        mean = bnn(x[:, None])[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    return regression
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (shared_parameter, "the parameter '.*0.(weight|bias)'"),
+        (shared_statistics, "the buffer '.*' of BatchNorm1d"),
+        (shared_guide, r"the parameter 'MeanFieldNormal\..*'"),
+    ],
+)
+def test_a_build_whose_trials_would_begin_where_others_ended_is_refused(make: Any, what: str) -> None:
+    model, guide = make()
+
+    def leaking(settings: Any) -> SVI:
+        elbo = ps.SAM_ELBO(ps.AscendedSample(float(settings["alpha"])), kl_weight=float(settings["kl_weight"]))
+        return SVI(model, guide or ps.MeanFieldNormal(model), Adam({"lr": 0.05}), elbo)
+
+    with pytest.raises(ValueError, match=f"build must make the network and the guide anew: .* share {what}"):
+        tune(leaking, max_replicas=1)
+
+
+def test_the_rows_of_every_trial_come_in_the_same_order() -> None:
+    stream = torch.Generator().manual_seed(7)
+    train = DataLoader(TensorDataset(X, 0.5 * X), batch_size=2, shuffle=True, generator=stream)
+    study = queued([{"kl_weight": 0.3, "alpha": 1.0}] * 3)
+    tuned = tune(single, train=train, max_replicas=1, study=study)
+    assert len({row["nll"] for row in tuned.table if row["kl_weight"] == 0.3}) == 1
+    assert torch.equal(stream.get_state(), torch.Generator().manual_seed(7).get_state())
 
 
 def test_a_name_that_some_category_alone_reads_is_read() -> None:

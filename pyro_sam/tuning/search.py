@@ -98,7 +98,8 @@ def tune(
         The choice. A guide that an earlier run or another process trained is trained again.
     Raises:
         ValueError: If an argument is out of its range; if ``build`` does not read a name of the space, reads another,
-            or returns a guide with another number of replicas; if ``validation`` has no observations; if the study is
+            returns a guide with another number of replicas, or gives trials something in common that training changes
+            (a guide, parameters hidden from the prior, running statistics); if ``validation`` has no observations; if the study is
             of another search. Nothing is recorded then. If no trial ended with a finite NLL.
         ImportError: If Optuna is missing.
     """

@@ -83,6 +83,7 @@ _NUMBERS: dict[type[Perturbation], tuple[str, ...]] = {
     Adversarial: ("rho",),
     MixSAM: ("rho", "kappa"),
 }
+_COLUMNS = frozenset({"trial", "state", "nll", "epoch", "why"})
 _RANGES: dict[str, Any] = {"alpha": (0.0, 10.0), "rho": (0.1, 30.0, True), "kappa": (0.0, 3.0)}
 
 
@@ -130,7 +131,7 @@ def check_space(space: Any) -> Space:
     """Return the space.
 
     Raises:
-        ValueError: If it is no dict of Optuna's distributions.
+        ValueError: If it is no dict of Optuna's distributions, or has a name that the table needs.
     """
     kind = optuna().distributions.BaseDistribution
     if not isinstance(space, Mapping) or not space or not all(isinstance(each, kind) for each in space.values()):
@@ -138,6 +139,8 @@ def check_space(space: Any) -> Space:
             "space must be a dict of Optuna's distributions by name, such as ps.default_space() or {'kl_weight': "
             f"FloatDistribution(0.001, 1.0, log=True)}}, got {space!r}."
         )
+    if taken := sorted(_COLUMNS & space.keys()):
+        raise ValueError(f"space must not have a setting of the name {taken[0]!r}, which is a column of the table.")
     return dict(space)
 
 

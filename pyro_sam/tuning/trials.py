@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from pyro_sam.training.estimator import elbo_of
 from pyro_sam.training.fitting import fit
 from pyro_sam.training.loop import Training
 from pyro_sam.training.numbers import by_replica
-from pyro_sam.training.position import arguments
+from pyro_sam.training.position import Position, arguments
 from pyro_sam.training.validation import Validation
 from pyro_sam.tuning.space import Settings, Space, examples
 
@@ -95,7 +95,7 @@ class Job:
         """
         read: set[str] = set()
         for params in examples(self.space):
-            with _apart(self.seed):
+            with self._apart():
                 svi = self._built([params] * min(most, 2), read)
                 check_run(svi, self.train, self.num_epochs, ())
                 self.validation.check(svi.model)
@@ -104,6 +104,19 @@ class Job:
             raise BuildError(
                 f"space has a setting that build does not read, {unread[0]!r}; build reads "
                 f"{', '.join(sorted(read)) or 'none'}."
+            )
+        self._check_apart(min(most, 2))
+
+    def _check_apart(self, number: int) -> None:
+        """See that trials share nothing that training changes, which each would find as another left it."""
+        first, seen = next(examples(self.space)), []
+        for _ in range(2):
+            with self._apart():
+                seen.append(_changing(self._built([first] * number), next(iter(self.validation.batches()))))
+        for key in seen[0].keys() & seen[1].keys():
+            raise BuildError(
+                f"build must make the network and the guide anew: two calls of it share {seen[0][key][0]}, which "
+                "training changes, so that a trial would begin where another ended."
             )
 
     def run(self, trials: Sequence[Any], on_epoch: Callable[[Training], Any]) -> Iterator[tuple[Any, Outcome]]:
@@ -129,7 +142,7 @@ class Job:
         self, params: Sequence[dict[str, Any]], reports: Any = None, on_epoch: Callable[[Training], Any] | None = None
     ) -> list[Outcome]:
         """Train settings side by side, and return how each ended."""
-        with _apart(self.seed) as store:
+        with self._apart() as store:
             svi = self._built(params)
             callbacks = [each for each in (on_epoch, reports) if each]
             history = fit(
@@ -146,15 +159,15 @@ class Job:
 
     def refit(self, params: dict[str, Any], num_epochs: int) -> Trained:
         """Train settings on the training and the validation data."""
-        with _apart(self.seed) as store:
+        with self._apart() as store:
             svi = self._built([params])
             fit(svi, _Both(self.train, self.validation.batches()), num_epochs, progress=False)
         return self._trained(svi, 0, store)
 
     def _trained(self, svi: SVI, r: int, store: Any) -> Trained:
         """Return a trial's guide with what it and its model use of the store."""
-        args, kwargs = arguments(next(iter(self.train)))
-        with _apart(self.seed, store), torch.no_grad(), kept_buffers():
+        with self._apart(store), torch.no_grad(), kept_buffers():
+            args, kwargs = arguments(next(iter(self.train)))
             guide = svi.guide if replicas_of(svi.guide) is None else svi.guide.replica(r)
             with poutine.trace(param_only=True) as capture:
                 latents = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -164,6 +177,10 @@ class Job:
         return Trained(
             svi.model, guide, {kind: {name: of[name] for name in names if name in of} for kind, of in kept.items()}
         )
+
+    def _apart(self, store: Any = None) -> AbstractContextManager[Any]:
+        own = [stream for data in (self.train, self.validation.data) for stream in Position(data).generators()]
+        return _apart(self.seed, Streams(own=tuple(own)), store)
 
     def _built(self, params: Sequence[dict[str, Any]], read: set[str] | None = None) -> SVI:
         try:
@@ -218,18 +235,38 @@ class _Both:
 
 
 @contextmanager
-def _apart(seed: int, store: Any = None) -> Iterator[Any]:
+def _apart(seed: int, streams: Streams, store: Any = None) -> Iterator[Any]:
     """Run the body from a seed and with a param store of its own, and leave store and streams as they were.
 
     What is yielded holds the body's store afterwards.
     """
-    now = RandomState.capture(Streams())
+    now = RandomState.capture(streams)
     try:
         pyro.set_rng_seed(seed)
         with pyro.get_param_store().scope(store) as state:
             yield state
     finally:
         now.restore()
+
+
+def _changing(svi: SVI, batch: Any) -> dict[Any, tuple[str, Any]]:
+    """Return what a step changes, parameters by their place in memory and modules, each with its name and itself."""
+    args, kwargs = arguments(batch)
+    try:
+        with torch.no_grad(), kept_buffers() as buffers, poutine.trace(param_only=True) as capture:
+            svi.loss(svi.model, svi.guide, *args, **kwargs)
+            written = buffers.now()
+    except Exception:  # a trial will fail of it
+        return {}
+    sites: Any = capture.trace.nodes.items()
+    params = {name: site["value"].unconstrained() for name, site in sites if site["type"] == "param"}
+    found: dict[Any, tuple[str, Any]] = {
+        param.data_ptr(): (f"the parameter '{name}'", param) for name, param in params.items() if param.numel()
+    }
+    for (module, name), value in written.items():
+        if value is not None and not torch.equal(value, module._buffers[name]):  # type: ignore[arg-type]
+            found[module] = f"the buffer '{name}' of {type(module).__name__}", module
+    return found
 
 
 def _outcome(column: list[float], pruned: bool, guide: Callable[[], Trained]) -> Outcome:
