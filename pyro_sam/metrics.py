@@ -3,6 +3,7 @@
 Accuracy, calibration error, AUROC and squared error are torchmetrics' (``pip install pyro-sam[metrics]``).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def accuracy(prediction: Prediction | Tensor, y: Tensor) -> float:
         ValueError: If the probabilities are none, or the labels do not fit them.
     """
     probs, y = _classes(prediction, y)
-    score = _torchmetrics().classification.multiclass_accuracy(probs, y, probs.shape[-1], average="micro")
-    return float(score)
+    accuracy = _torchmetrics().classification.multiclass_accuracy
+    return float(accuracy(probs.argmax(-1), y, max(2, probs.shape[-1]), average="micro"))
 
 
 def nll(prediction: Prediction | Tensor, y: Tensor) -> float:
@@ -105,12 +106,12 @@ def auroc_ood(inside: Prediction | Tensor, outside: Prediction | Tensor) -> floa
     Returns:
         Area under the ROC curve: 1 for perfect separation, 0.5 for none.
     Raises:
-        ValueError: If a tensor is empty, not finite or of another shape.
+        ValueError: If a tensor is empty, not finite or of another shape, or rows of classes are no probabilities.
     References:
         Hendrycks & Gimpel (2017), arXiv:1610.02136.
     """
     scores = [_uncertainty(name, given) for name, given in (("inside", inside), ("outside", outside))]
-    score = torch.cat([scores[0], scores[1].to(scores[0])])
+    score = torch.cat([scores[0].double(), scores[1].to(scores[0].device).double()])
     is_outside = torch.arange(len(score), device=score.device) >= len(scores[0])
     # ranks: torchmetrics takes scores outside of [0, 1] for logits, whose sigmoid would make ties
     rank = torch.unique(score, return_inverse=True)[1].to(torch.float64) / len(score)
@@ -131,8 +132,8 @@ def rmse(prediction: Prediction | Tensor, y: Tensor) -> float:
     mean = prediction.mean if isinstance(prediction, Prediction) else prediction
     if not _is_real(y) or not _is_real(mean) or mean.shape != y.shape or not y.numel():
         raise ValueError(f"y must be real numbers, one for each of prediction, {_shape(mean)}, got {_shape(y)}.")
-    y = y.to(mean)
-    return float(_torchmetrics().mean_squared_error(mean.reshape(-1), y.reshape(-1), squared=False))
+    mean, y = mean.detach().double().reshape(-1), y.to(mean.device).double().reshape(-1)
+    return float(_torchmetrics().mean_squared_error(mean, y, squared=False))
 
 
 def interval_coverage(prediction: Prediction | Tensor, y: Tensor, *, level: float = 0.95) -> float:
@@ -148,16 +149,21 @@ def interval_coverage(prediction: Prediction | Tensor, y: Tensor, *, level: floa
     Returns:
         A number from 0 to 1, near ``level`` where the predictive is calibrated.
     Raises:
-        ValueError: If ``level`` is out of range, shapes differ, or the likelihood has no distribution function.
+        ValueError: If ``level`` is out of range, shapes differ, there is NaN, or the likelihood has no distribution
+            function.
     """
     if not 0 < finite("level", level) < 1:
         raise ValueError(f"level must be between 0 and 1, got level={level!r}.")
+    if _is_real(y) and (not y.numel() or y.isnan().any()):
+        raise ValueError(f"y must be observations, none of them NaN, got {_shape(y)}{value_range(y)}.")
     if isinstance(prediction, Prediction):
         tail = prediction.cdf(y)
     elif _is_real(y) and _is_real(prediction) and prediction.dim() and prediction.shape[1:] == y.shape:
-        tail = (prediction <= y).double().mean(0)
+        tail = (prediction <= y).double().mean(0).where(~prediction.isnan().any(0), math.nan)
     else:
         raise ValueError(f"prediction must be real draws (S, *y.shape) for y of {_shape(y)}, got {_shape(prediction)}.")
+    if tail.isnan().any():
+        raise ValueError("prediction has NaN: its parameters are lost, train it anew.")
     inside = (tail >= (1 - level) / 2) & (tail <= (1 + level) / 2)
     return float(inside.double().mean())
 
@@ -187,12 +193,7 @@ def _classes(prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
         y = y.argmax(-1) if isinstance(y, Tensor) and y.shape == probs.shape else y
     if probs.dim() == 1:
         probs = torch.stack([1 - probs, probs], -1)
-    sums = probs.sum(-1)
-    if not (probs >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        raise ValueError(
-            "prediction must be probabilities, from 0 to 1 and with sum 1 over the classes, got "
-            f"{probs.dtype}{value_range(probs)}. Give it logits.softmax(-1)."
-        )
+    probs = _checked("prediction", probs)
     if not isinstance(y, Tensor) or y.shape != probs.shape[:1] or not len(probs):
         raise ValueError(
             f"y must be labels with one row per data point of prediction, shape ({len(probs)},), got {_shape(y)}."
@@ -205,6 +206,19 @@ def _classes(prediction: Any, y: Any) -> tuple[Tensor, Tensor]:
     return probs, y.long()
 
 
+def _checked(name: str, probs: Tensor) -> Tensor:
+    """Return class probabilities ``(N, classes)``, those of half precision in double, of which they were rounded."""
+    eps = torch.finfo(probs.dtype).eps if probs.is_floating_point() else 0.0
+    exact = probs.double() if eps > 1e-6 else probs
+    sums = exact.sum(-1)
+    if not (probs >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=max(1e-3, eps)):
+        raise ValueError(
+            f"{name} must be probabilities, from 0 to 1 and with sum 1 over the classes, got "
+            f"{probs.dtype}{value_range(probs)}. Give it logits.softmax(-1)."
+        )
+    return exact
+
+
 def _uncertainty(name: str, given: Any) -> Tensor:
     probs = given.probs if isinstance(given, Prediction) else given
     if not _is_real(probs) or probs.dim() not in (1, 2) or not probs.numel() or not probs.isfinite().all():
@@ -213,7 +227,7 @@ def _uncertainty(name: str, given: Any) -> Tensor:
         )
     if probs.dim() == 1 and isinstance(given, Prediction):
         probs = torch.stack([1 - probs, probs], -1)
-    return probs if probs.dim() == 1 else torch.special.entr(probs).sum(-1)
+    return probs if probs.dim() == 1 else torch.special.entr(_checked(name, probs)).sum(-1)
 
 
 def _is_real(value: Any) -> bool:

@@ -87,6 +87,32 @@ def test_auroc_is_scikit_learns_at_any_offset_of_the_scores(shift: float) -> Non
     assert metrics.auroc_ood(inside, outside) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float32])
+def test_numbers_of_unequal_precision_are_compared_as_they_are(dtype: torch.dtype) -> None:
+    rough, fine = torch.tensor([1, 2, 3]).to(dtype), torch.tensor([1.00001, 2.4, 2.99999])
+    assert metrics.rmse(rough, fine) == pytest.approx(root_mean_squared_error(rough.double(), fine), rel=1e-12)
+    expected = roc_auc_score([0] * 3 + [1] * 3, torch.cat([rough.double(), fine]))
+    assert metrics.auroc_ood(rough, fine) == pytest.approx(expected)
+    assert metrics.auroc_ood(fine, rough) == pytest.approx(1 - expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_half_precision_are_those_of_their_exact_values(dtype: torch.dtype) -> None:
+    probs, y = random_case()
+    rounded = probs.to(dtype)
+    exact = rounded.double() / rounded.double().sum(-1, keepdim=True)
+    for metric in (metrics.accuracy, metrics.nll, metrics.brier, metrics.ece):
+        assert metric(rounded, y) == pytest.approx(metric(exact, y), abs=5e-3)
+    assert metrics.auroc_ood(rounded, probs) == pytest.approx(0.5, abs=5e-3)
+
+
+def test_a_single_class_is_always_right() -> None:
+    probs, y = torch.ones(3, 1), torch.zeros(3)
+    assert metrics.accuracy(probs, y) == 1.0
+    assert metrics.nll(probs, y) == metrics.brier(probs, y) == 0.0
+    assert metrics.ece(probs, y) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_entropy_tells_the_foreign_from_the_own() -> None:
     sure, unsure = torch.tensor([[0.98, 0.01, 0.01], [0.9, 0.05, 0.05]]), torch.tensor([[0.4, 0.3, 0.3]])
     assert metrics.auroc_ood(sure, unsure) == 1.0
@@ -163,6 +189,11 @@ def test_coverage_counts_points_between_exact_quantiles() -> None:
         ),
         (lambda: metrics.auroc_ood(PROBS, PROBS[:0]), r"outside must be a Prediction, probabilities"),
         (lambda: metrics.auroc_ood(PROBS * math.nan, PROBS), r"inside must be a Prediction, probabilities"),
+        (lambda: metrics.auroc_ood(PROBS, PROBS.log()), r"outside must be probabilities, .*logits.softmax\(-1\)"),
+        (lambda: metrics.auroc_ood(100 * PROBS, PROBS), r"inside must be probabilities, from 0 to 1"),
+        (lambda: metrics.interval_coverage(PROBS * math.nan, PROBS[0]), r"prediction has NaN"),
+        (lambda: metrics.interval_coverage(PROBS, PROBS[0] * math.nan), r"y must be observations, none of them NaN"),
+        (lambda: metrics.interval_coverage(PROBS[:, :0], PROBS[0, :0]), r"y must be observations"),
         (
             lambda: metrics.interval_coverage(PROBS, Y),
             r"must be real draws \(S, \*y.shape\) for y of shape \(4,\), got",

@@ -99,8 +99,8 @@ def tune(
     Raises:
         ValueError: If an argument is out of its range; if ``build`` does not read a name of the space, reads another,
             returns a guide with another number of replicas, or gives trials something in common that training changes
-            (a guide, parameters hidden from the prior, running statistics); if ``validation`` has no observations; if the study is
-            of another search. Nothing is recorded then. If no trial ended with a finite NLL.
+            (a guide, parameters hidden from the prior, running statistics); if ``validation`` has no observations; if
+            the study is of another search. Nothing is recorded then. If no trial ended with a finite NLL.
         ImportError: If Optuna is missing.
     """
     positive_int("num_trials", num_trials)
