@@ -139,6 +139,27 @@ def test_every_batch_sees_the_same_shared_latents_and_its_own_local_ones() -> No
         torch.testing.assert_close(w1 - X, (w1 - X)[:1].expand(12))
 
 
+@pytest.mark.parametrize("replica", [None, 1])
+def test_replicas_with_latents_in_plates_run_one_by_one(replica: int | None) -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(w * x + z, 1.0), obs=y)
+
+    x = torch.linspace(-1, 1, 5)
+    guide = ps.MeanFieldNormal(model, init_scale=0.3, num_replicas=2).initialize(x, x)
+    guide.locs.z = torch.stack([x, -x])  # type: ignore[union-attr]
+    pyro.set_rng_seed(0)
+    once = ps.predict(model, guide, x, num_samples=6, replica=replica)
+    pyro.set_rng_seed(0)
+    together = ps.predict(model, guide, x, num_samples=6, samples_at_once=3, replica=replica)
+    torch.testing.assert_close(together.log_prob_per_sample(x), once.log_prob_per_sample(x))
+    if replica is not None:
+        with pytest.raises(ValueError, match="that of a single guide, or of one replica"):
+            once.replica(0)
+
+
 def test_class_probabilities_are_averaged_and_normalised() -> None:
     model, guide, x, y = classifier()
     prediction = ps.predict(model, guide, x, num_samples=20, batch_size=4)

@@ -306,6 +306,19 @@ def test_what_cannot_be_validated_on_is_refused_before_training(validation: Any,
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_later_batch_without_rows_is_named() -> None:
+    x, y = batch()
+    with pytest.raises(ValueError, match="validation must hold observations, got a batch of none"):
+        fit(build(), validation=[(x, y), (x[:0], y[:0])])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_without_gradients_is_refused(mode: Any) -> None:
+    with mode(), pytest.raises(ValueError, match=r"needs gradients: call it outside of torch.no_grad\(\)"):
+        fit(build())
+    assert not len(pyro.get_param_store())
+
+
 def test_the_look_before_training_leaves_no_parameter_of_the_model() -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         pyro.param("noise", lambda: torch.rand(()))
@@ -399,6 +412,19 @@ def test_an_annealed_run_is_the_loop_that_assigns() -> None:
 def test_schedules_that_are_none_are_refused(schedules: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ps.Anneal(**schedules)
+
+
+def test_a_number_that_is_refused_leaves_all_as_they_were() -> None:
+    for schedules in (
+        {"kl_weight": (0.0, 1.0, 2), "rho": (-1.0, 1.0, 2)},
+        {"rho": (0.1, 1.0, 2), "kl_weight": (-1.0, 0.0, 2)},
+    ):
+        svi = build(kl_weight=0.7)
+        with pytest.raises(ValueError, match="must be non-negative"):
+            fit(svi, callbacks=[ps.Anneal(**schedules)])
+        elbo: Any = svi.loss.__self__
+        assert elbo.kl_weight == 0.7
+        assert elbo.perturbation == ps.MixSAM(rho=0.5)
 
 
 def test_numbers_that_the_loss_does_not_have_are_refused_before_training() -> None:

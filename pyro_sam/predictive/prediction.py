@@ -90,6 +90,8 @@ class Prediction:
         Raises:
             ValueError: If there is no such replica.
         """
+        if not self._replicas:
+            raise ValueError("the prediction is that of a single guide, or of one replica: it has no others.")
         if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r < len(self._replicas):
             raise ValueError(f"replica must be a whole number below {len(self._replicas)}, the replicas, got {r!r}.")
         return Prediction(self._replicas[r], self.data_dim)

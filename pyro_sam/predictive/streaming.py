@@ -20,7 +20,7 @@ from pyro_sam._base.arguments import flag, function, positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.random_state import RandomState, rewound
-from pyro_sam._base.replicas import replicas_of, speaking
+from pyro_sam._base.replicas import has_own, replicas_of, speaking
 from pyro_sam._step.handlers import ReplayMessenger
 from pyro_sam.predictive.prediction import Prediction, SampledLikelihood
 
@@ -61,7 +61,7 @@ def predict(
             broadcast, as for ``pyro.infer.Predictive(parallel=True)``.
         progress: Whether to show a progress bar; needs tqdm.
         replica: Number of the replica to predict with; None for all of them, mixed equally, with ``num_samples`` each.
-            All replicas run together where ``samples_at_once`` is more than 1.
+            All replicas run together where ``samples_at_once`` is more than 1 and no latent is in a plate.
     Returns:
         The mixture of the likelihoods.
     Raises:
@@ -80,6 +80,11 @@ def predict(
             "args must be those of the model, such as a tensor of rows, got a DataLoader: give all rows, with "
             "batch_size= for the number to run at once, or call predict for each batch of the loader."
         )
+    if has_own(args):
+        raise ValueError(
+            "predict takes the same rows for all replicas, got rows of their own (per_replica); predict with one at a "
+            "time, predict(model, guide, x[r], replica=r)."
+        )
     batches, number = list(_batches(args, batch_size)), replicas_of(guide)
     if number is None and replica is not None:
         raise ValueError(f"replica={replica!r} needs a guide with replicas, MeanFieldNormal(model, num_replicas=R).")
@@ -87,6 +92,8 @@ def predict(
     with kept_buffers():
         with speaking(guide, replica or 0):
             plan = _Plan.of(model, guide, batches[0], site)
+        if number is not None and plan.has_plates:  # where a parameter's rows are replicas, Pyro looks for the plate
+            sizes = [None] * num_samples
         if number is None or replica is not None:
             with speaking(guide, replica):
                 return Prediction(plan.draw(model, guide, batches, _shown(sizes, progress)), plan.data_dim)
@@ -128,6 +135,7 @@ class _Plan:
         nesting: Number of dimensions that plates take.
         shared: Names of the guide's sites that do not belong to single data points.
         is_local: Whether the guide has others.
+        has_plates: Whether any of the guide's sites is in a plate.
     """
 
     site: str
@@ -137,6 +145,7 @@ class _Plan:
     nesting: int
     shared: frozenset[str]
     is_local: bool
+    has_plates: bool
 
     @classmethod
     def of(cls, model: Callable[..., Any], guide: Callable[..., Any], batch: Any, site: str) -> "_Plan":
@@ -160,6 +169,7 @@ class _Plan:
             nesting=max([batch_dim, *(-f.dim for within in (*frames.values(), *guides.values()) for f in within)]),
             shared=shared,
             is_local=len(shared) < len(guides),
+            has_plates=any(guides.values()),
         )
 
     def draw(

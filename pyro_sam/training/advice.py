@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -61,6 +62,8 @@ def check_run(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
             f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
             f"got {svi!r}."
         )
+    if not torch.is_grad_enabled():
+        raise ValueError("training needs gradients: call it outside of torch.no_grad() and torch.inference_mode().")
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
         raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
     if isinstance(loader, tuple) and all(isinstance(part, Tensor) for part in loader) and _differ(loader):

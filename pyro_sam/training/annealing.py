@@ -53,10 +53,11 @@ class Anneal:
                 f"{unknown[0]}."
             )
         values = {name: value(epoch) for name, value in self.schedules.items()}
-        if "kl_weight" in values:
-            elbo.kl_weight = values.pop("kl_weight")
-        if values:
-            elbo.perturbation = replace(law, **values)
+        weight = values.pop("kl_weight", elbo.kl_weight)
+        # at once: where a number is refused, none has changed
+        elbo._settings = replace(
+            elbo._settings, kl_weight=weight, perturbation=replace(law, **values) if values else law
+        )
 
     def changes(self) -> set[str]:
         """Return which settings of the loss are others from epoch to epoch."""

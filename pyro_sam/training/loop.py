@@ -83,7 +83,7 @@ class Training:
                 "pyro_sam.optim.JointOptim."
             )
         if validation is not None:
-            validation.check(svi.model)
+            validation.check(svi.model, svi.guide)
         self.best = Best()
         self._validation, self._restore_best = validation, restore_best_weights
         self._callbacks = tuple(callbacks)

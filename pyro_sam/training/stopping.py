@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyro_sam._base.arguments import non_negative
-from pyro_sam.training.numbers import by_replica
+from pyro_sam.training.numbers import by_replica, each
 
 if TYPE_CHECKING:
     from pyro_sam.training.loop import History, Training
@@ -47,7 +47,9 @@ class EarlyStopping:
         monitor = self.monitor or ("validation" if "validation" in history else "loss")
         if monitor not in history:
             raise ValueError(f"monitor must be one of {', '.join(history)}, got monitor={monitor!r}.")
-        return [self._has_waited(values) for values in by_replica(history[monitor])]
+        stopped = [self._has_waited(values) for values in by_replica(history[monitor])]
+        # a number that all replicas share, such as lr, stops all of them
+        return stopped if len(stopped) > 1 else stopped * len(each(history.get("loss", [0.0])[-1]))
 
     def _has_waited(self, values: list[float]) -> bool:
         best, since = math.inf, 0

@@ -19,11 +19,11 @@ from pyro_sam._base.arguments import positive_int
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.ranks import gathered
-from pyro_sam._base.replicas import replicas_of, speaking
+from pyro_sam._base.replicas import check_own, has_own, of_replica, replicas_of, speaking
 from pyro_sam.predictive import Prediction, predict
 from pyro_sam.training.advice import not_finite
 from pyro_sam.training.numbers import Number
-from pyro_sam.training.observation import can_run, observation
+from pyro_sam.training.observation import Observation, can_run, observation
 from pyro_sam.training.position import Position, arguments, check_arguments
 
 _SEED = 0  # of every look: what differs between epochs is the posterior, not the noise
@@ -37,7 +37,8 @@ class Validation:
 
     Args:
         data: Batches with their observations, iterable anew after every epoch, as a DataLoader or a list; or a single
-            batch, as a tuple ``(x, y)``, a dict or a tensor.
+            batch, as a tuple ``(x, y)``, a dict or a tensor. Each replica may have rows of its own
+            (:func:`pyro_sam.per_replica`), such as its fold.
         num_samples: Number S of posterior samples, at least 1; the same noise in every epoch.
         site: Name of the observed site; None for the only one there is, or ``"obs"`` among several.
         samples_at_once: Number of posterior samples, and with more than 1 of all replicas, that run together; see
@@ -63,7 +64,7 @@ class Validation:
                 "batches, a DataLoader, or one batch such as (x, y)."
             )
 
-    def check(self, model: Callable[..., Any]) -> None:
+    def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Raise ValueError unless the first batch has what the model observes; the model runs once, at its prior."""
         with _unseen(self.data, ()), pyro.get_param_store().scope(), torch.no_grad():
             batch = next(iter(self.batches()), None)
@@ -71,8 +72,9 @@ class Validation:
                 raise ValueError("validation must hold observations, got no batch.")
             check_arguments(model, batch, "validation")
             args = _by_place(model, batch)
-            if any(isinstance(arg, Tensor) and not arg.numel() for arg in args):
-                raise ValueError("validation must hold observations, got a batch of none.")
+            _check_rows(args)
+            check_own((args, {}), replicas_of(guide))
+            args = of_replica(args, 0)
             runs = [poutine.trace(model).get_trace]
             if can_run(runs, args):  # not every model does at draws from its prior
                 observation(runs, args, self.site)
@@ -87,8 +89,10 @@ class Validation:
         total, count = torch.zeros((), dtype=torch.float64), 0
         with _unseen(self.data, modules):
             for batch in self.batches():
+                args = _by_place(svi.model, batch)
+                _check_rows(args)
                 with _explained(batch):
-                    found = self._log_prob(svi.model, svi.guide, _by_place(svi.model, batch))
+                    found = self._log_prob(svi.model, svi.guide, args)
                 total, count = total - found.sum(-1), count + found.shape[-1]
         totals, counts = zip(*gathered((total, count)), strict=True)
         nll: Number = (sum(totals) / sum(counts)).tolist()
@@ -99,9 +103,8 @@ class Validation:
         """Return the log predictive probability of each observation of a batch, of replicas a row each."""
         number = replicas_of(guide)
         runs = [partial(_run, model, guide, r) for r in range(number or 1)]
-        seen = observation(runs, args, self.site)
 
-        def look(replica: int | None = None) -> Prediction:
+        def look(seen: Observation, replica: int | None = None) -> Prediction:
             pyro.set_rng_seed(_SEED)  # every batch, and every replica by itself, sees the same noise
             return predict(
                 model,
@@ -113,13 +116,20 @@ class Validation:
                 replica=replica,
             )
 
+        def of_own(r: int) -> Tensor:
+            seen = observation([runs[r]], of_replica(args, r), self.site)
+            return _flat(look(seen, r).log_prob(seen.value))
+
+        if number is not None and has_own(args):
+            return _stack([partial(of_own, r) for r in range(number)])
+        seen = observation(runs, args, self.site)
         if number is None:
-            return _flat(look().log_prob(seen.value))
+            return _flat(look(seen).log_prob(seen.value))
         if self.samples_at_once > 1:
             with suppress(ValueError, RuntimeError):  # one that is lost would take the others with it
-                together = look()
+                together = look(seen)
                 return torch.stack([_flat(together.replica(r).log_prob(seen.value)) for r in range(number)])
-        return _stack([partial(lambda r: _flat(look(replica=r).log_prob(seen.value)), r) for r in range(number)])
+        return _stack([partial(lambda r: _flat(look(seen, r).log_prob(seen.value)), r) for r in range(number)])
 
     def batches(self) -> Iterable[Any]:
         """Return the batches."""
@@ -148,6 +158,11 @@ def _run(model: Callable[..., Any], guide: Any, r: int, *args: Any) -> Trace:
     with speaking(guide, r):
         latents = poutine.trace(guide).get_trace(*args)
     return poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args)
+
+
+def _check_rows(args: tuple[Any, ...]) -> None:
+    if any(isinstance(arg, Tensor) and not arg.numel() for arg in of_replica(args, 0)):
+        raise ValueError("validation must hold observations, got a batch of none.")
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Job:
             with self._apart():
                 svi = self._built([params] * min(most, 2), read)
                 check_run(svi, self.train, self.num_epochs, ())
-                self.validation.check(svi.model)
+                self.validation.check(svi.model, svi.guide)
         unread = [name for name in self.space if name not in read]
         if unread:
             raise BuildError(
