@@ -102,6 +102,42 @@ def test_replicas_may_be_validated_together() -> None:
     assert found == pytest.approx([-float(together.replica(r).log_prob(y).mean()) for r in range(R)], rel=1e-12)
 
 
+def test_each_replica_may_be_validated_on_rows_of_its_own() -> None:
+    x, y = unseen()
+    xs, ys = torch.stack([x, x + 1, x - 1]), torch.stack([y, -y, 2 * y])
+    svi = build()
+    both = {name: ps.per_replica(rows) for name, rows in (("x", xs), ("y", ys))}
+    data = [both, {name: rows.to(torch.float64) for name, rows in both.items()}]
+    found = fit(svi, 1, validation=ps.Validation(data, num_samples=8))["validation"][0]
+    for r in range(R):
+        pyro.set_rng_seed(0)
+        single = ps.predict(svi.model, svi.guide.replica(r), xs[r], num_samples=8)
+        assert found[r] == pytest.approx(-float(single.log_prob(ys[r]).mean()), rel=1e-12)
+    with pytest.raises(ValueError, match=r"rows for 2 replicas .* has 3 replicas"):
+        fit(build(), validation=(ps.per_replica(xs[:2]), ps.per_replica(ys[:2])), epochs=1)
+    with pytest.raises(ValueError, match=r"predict\(model, guide, x\[r\], replica=r\)"):
+        ps.predict(svi.model, svi.guide, ps.per_replica(xs))
+
+
+def test_nan_in_rows_of_replicas_own_is_named() -> None:
+    x, y = batch()
+    xs, ys = torch.stack([x] * R), torch.stack([y] * R)
+    xs[:, 5] = math.nan
+    with pytest.raises(
+        FloatingPointError, match=r"in part 0 of the batch the first tensor, .* NaN or infinity in row 5"
+    ):
+        ps.fit(build(), [(ps.per_replica(xs), ps.per_replica(ys))], 1, progress=False)
+
+
+@pytest.mark.parametrize("others", [[], [ps.EarlyStopping(patience=3)]])
+def test_a_number_that_all_replicas_share_stops_all(others: list[Any]) -> None:
+    svi, seen = build(), list[Any]()
+    stops = [ps.EarlyStopping("lr", patience=2), *others]
+    history = fit(svi, 9, validation=unseen(), restore_best_weights=False, callbacks=[*stops, noting(seen)])
+    assert len(history["loss"]) == 3 if not others else 3 <= len(history["loss"]) <= 9
+    assert len(others) or all(torch.equal(value, seen[-1][name]) for name, value in weights(svi).items())
+
+
 def test_each_replica_ends_at_its_own_best_weights() -> None:
     seen: list[Any] = []
     history = fit(svi := build(), 14, validation=unseen(), callbacks=[noting(seen)])

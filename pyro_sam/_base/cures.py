@@ -8,6 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from pyro_sam._base.replicas import PerReplica
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -41,7 +43,7 @@ class Data:
     """The tensors and arrays among the arguments of a model, to tell what is wrong with them."""
 
     def __init__(self, args: Any) -> None:
-        leaves = tree_flatten(args)[0]
+        leaves = [_by_row(leaf) for leaf in tree_flatten(args)[0]]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.has_numpy = any(type(leaf).__module__ == "numpy" for leaf in leaves)
 
@@ -72,6 +74,11 @@ class Data:
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for i, tensor in enumerate(self.tensors):
             yield _NAMES[i] if i < len(_NAMES) else f"{i + 1}th", tensor
+
+
+def _by_row(leaf: Any) -> Any:
+    """Return an argument that each replica has its own rows of as one tensor, rows first."""
+    return leaf.values.movedim(0, min(1, leaf.values.dim() - 1)) if isinstance(leaf, PerReplica) else leaf
 
 
 def find_cure(error: str, data: Data) -> str | None:
