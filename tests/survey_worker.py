@@ -30,4 +30,4 @@ def work(out: Path, methods: list[str] = METHODS) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    work(Path(sys.argv[1]))
+    work(Path(sys.argv[1]), sys.argv[3:] or METHODS)

@@ -77,7 +77,9 @@ def _settings(records: Records, draws: Draws, method: Method, size: Size) -> tup
         task = Task(method, draws.source, _gradients(draws, size))
         return choose(task, draws.tuning(size.tuning_seeds), size, records.tuning(data, method.name))
     rows = [row for row in records.read() if (row["data"], row["method"]) == (data, method.like)]
-    return (rows[0]["settings"], rows[0]["validation"]) if rows and "settings" in rows[0] else None
+    if rows and "settings" not in rows[0]:  # else it would be waited for without end
+        raise ValueError(f"{method.like}, whose settings {method.name} takes, failed.")
+    return (rows[0]["settings"], rows[0]["validation"]) if rows else None
 
 
 def _gradients(draws: Draws, size: Size) -> int:
