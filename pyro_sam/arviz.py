@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+import torch
 from pyro import poutine
 from torch import Tensor
 
@@ -63,6 +64,7 @@ def to_dict(
 
     prediction = predict(model, recorded, *args, num_samples=num_samples, site=site)
     _check_names(var_names, drawn[0])
+    _check_distinct([*drawn[0], site])
     groups: Groups = {
         # the last ones: predict runs the guide before, to see what there is
         "posterior": {_name(name): np.stack([draw[name] for draw in drawn[-num_samples:]])[None] for name in drawn[0]},
@@ -122,9 +124,19 @@ def _check_names(var_names: Collection[str] | None, found: Collection[str]) -> N
         )
 
 
+def _check_distinct(names: Collection[str]) -> None:
+    for name in names:
+        if len(alike := [each for each in names if _name(each) == _name(name)]) > 1:
+            raise ValueError(
+                f"sites {', '.join(map(repr, alike))} have one name where '/' becomes a dot; rename one, or leave it "
+                "out with var_names."
+            )
+
+
 def _name(site: str) -> str:
     return site.replace("/", ".")
 
 
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().numpy()
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16

@@ -94,6 +94,30 @@ def test_networks_and_scopes_have_names_that_netcdf_takes(tmp_path: Path) -> Non
     data.to_netcdf(tmp_path / "posterior.nc")
 
 
+def test_names_that_become_one_are_refused() -> None:
+    def alike(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("a/w", dist.Normal(0.0, 1.0)) + pyro.sample("a.w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w * x, 0.5), obs=y)
+
+    guide = guide_of(m=alike)
+    with pytest.raises(ValueError, match=r"sites 'a/w', 'a.w' have one name where '/' becomes a dot"):
+        to_dict(alike, guide, X, num_samples=2)
+    assert list(to_dict(alike, guide, X, num_samples=2, var_names=["a/w"])["posterior"]) == ["a.w"]
+
+
+def test_bfloat16_becomes_float32() -> None:
+    bnn = ps.BayesianModule(nn.Linear(1, 1).to(torch.bfloat16))
+
+    def half(x: Tensor, y: Tensor | None = None) -> None:
+        mean = bnn(x.to(torch.bfloat16)[:, None])[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    guide = ps.MeanFieldNormal(half).initialize(X, Y.to(torch.bfloat16))
+    assert to_dict(half, guide, X, num_samples=2)["posterior"]["weight"].dtype == np.float32
+
+
 def test_chosen_latents_are_kept() -> None:
     assert set(to_dict(model, guide_of(), X, num_samples=2, var_names=["v"])["posterior"]) == {"v"}
 
