@@ -14,6 +14,11 @@ SOAK_SEED ?= 0
 # What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
 TEST_ARGS ?=
 
+# The extra `outside`, whose other requirements are there already, without torchvision: nothing here uses it, and the
+# build that comes from an index other than torch's breaks torchmetrics, which imports it where it is.
+OUTSIDE := ivon-opt laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv einops \
+	linear_operator unfoldNd
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.pyro-sam-installed
@@ -45,6 +50,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing pyro_sam and its bench, test and lightning extras into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test,lightning,docs]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps $(OUTSIDE)
 	@touch $@
 
 demo: $(STAMP)
