@@ -35,6 +35,7 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
 
 
 def guide_of(kind: Any = ps.MeanFieldNormal, m: Any = model, scale: float = 0.3) -> Any:
+    pyro.clear_param_store()
     guide = kind(m, init_scale=scale)
     guide(X, Y)
     return guide
