@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -642,3 +643,46 @@ def test_a_training_that_diverges_is_told_to_lower_the_learning_rate(x: Tensor, 
     assert "inf the ordinary way" in text
     assert "diverges, with scales or weights too small or large for their precision: lower the learning rate" in text
     assert "reads something that changes" not in text
+
+
+# Messages of others, which the page on troubleshooting tells again
+
+
+def two_networks() -> None:
+    ps.BayesianModule(classifier())(torch.zeros(2, 4))
+    ps.BayesianModule(classifier())(torch.zeros(2, 4))
+
+
+def step_of(model: Any, loss: Any = None) -> Any:
+    svi = SVI(model, ps.MeanFieldNormal(model), Adam({"lr": 1e-2}), loss or ps.SAM_ELBO())
+    return lambda: svi.step(torch.randn(N, 4), torch.randint(CLASSES, (N,)))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: ps.SAM_ELBO(rho=0.05), "unexpected keyword argument 'rho'"),  # type: ignore[call-arg]
+        (lambda: Adam(lr=1e-3), "unexpected keyword argument 'lr'"),
+        (lambda: ps.optim.JointOptim(torch.optim.Adam, lr=1e-3), "unexpected keyword argument 'lr'"),  # type: ignore[call-arg]
+        (step_of(make(), ps.SAM_ELBO), "SAM_ELBO.__init__() takes from 1 to 2 positional arguments"),
+        (
+            step_of(ps.BayesianModule(classifier())),
+            "forward() takes 2 positional arguments but 3 were given",
+        ),
+        (lambda: ps.BayesianModule(classifier()).fit(), "object has no attribute 'fit'"),
+        (
+            lambda: torch.optim.Adam(ps.SAM_ELBO()(m := make(), ps.MeanFieldNormal(m)).parameters()),
+            "optimizer got an empty parameter list",
+        ),
+        (
+            lambda: pyro.poutine.trace(two_networks).get_trace(),
+            "Multiple sample sites named '0.weight'",
+        ),
+        (lambda: dist.Normal(0.0, torch.tensor(-1.0)), "satisfy the constraint GreaterThan(lower_bound=0.0)"),
+        (lambda: nn.BatchNorm1d(4)(torch.zeros(1, 4)), "Expected more than 1 value per channel when training"),
+    ],
+)
+def test_messages_of_others_stand_in_the_page_on_troubleshooting(call: Any, text: str) -> None:
+    with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError), match=re.escape(text)):
+        call()
+    assert f"`{text}`" in (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
