@@ -219,7 +219,7 @@ class JointOptim(PyroOptim):
 
         Returns:
             ``names`` of the parameters in the order of ``optimizer``, the torch optimiser's state_dict; ``scheduler``,
-            the scheduler's or None. Empty before the first step.
+            the scheduler's or None; ``rates``, where each replica has its own. Empty before the first step.
         Raises:
             ValueError: If a parameter has no name.
         """
@@ -232,19 +232,28 @@ class JointOptim(PyroOptim):
                 "module_local_params; call optim.name_parameters(guide.named_parameters()), and likewise for the model."
             )
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"names": names, "optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+        rates = {} if self._rates is None else {"rates": list(self._rates)}
+        return {"names": names, "optimizer": self.optimizer.state_dict(), "scheduler": scheduler, **rates}
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Set the state that :meth:`get_state` returned; for parameters not seen yet, when they appear.
 
+        Learning rates are those of the state, as in torch.
+
         Raises:
-            ValueError: If it is no such state.
+            ValueError: If it is no such state, or one of another number of learning rates.
         """
         if state_dict and not {"names", "optimizer", "scheduler"} <= state_dict.keys():
             raise ValueError(
                 "state_dict must come from JointOptim.get_state, with names, optimizer and scheduler; got "
                 f"{', '.join(map(repr, state_dict)) or 'nothing'}."
             )
+        # of an older version it has no rates
+        rates = tuple(state_dict["rates"]) if "rates" in state_dict else self._rates
+        there, here = len(rates or ()), len(self._rates or ())
+        if there != here:
+            raise ValueError(f"state_dict must have {here} learning rates of replicas, as this optimiser, got {there}.")
+        self._rates = rates
         self._waiting = copy.deepcopy(state_dict) or None  # torch would share its tensors
         self._load_scheduler(self._waiting)
         self._consume(self._params)

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam, PyroOptim
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -117,6 +118,25 @@ def test_each_replica_may_be_validated_on_rows_of_its_own() -> None:
         fit(build(), validation=(ps.per_replica(xs[:2]), ps.per_replica(ys[:2])), epochs=1)
     with pytest.raises(ValueError, match=r"predict\(model, guide, x\[r\], replica=r\)"):
         ps.predict(svi.model, svi.guide, ps.per_replica(xs))
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (PyroOptim(torch.optim.Adafactor, {"lr": 0.1}), "Adafactor does not work element by element"),
+        (Adam({"lr": 0.1}, {"clip_norm": 1.0}), r"bounds the norm over all replicas.*JointOptim\(..., clip_norm"),
+    ],
+)
+def test_optimisers_of_pyro_that_mix_replicas_are_refused(optim: Any, message: str) -> None:
+    svi = build()
+    svi.optim = optim
+    with pytest.raises(ValueError, match=message):
+        fit(svi, 1)
+    assert not len(pyro.get_param_store())
+    for fine, number in ((Adam({"lr": 0.1}, {"clip_value": 1.0}), R), (optim, None)):
+        svi = build(number, lr=0.1, law=ps.Gaussian())
+        svi.optim = fine
+        fit(svi, 1)
 
 
 def test_nan_in_rows_of_replicas_own_is_named() -> None:

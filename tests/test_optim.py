@@ -449,6 +449,34 @@ def test_a_foreign_state_is_refused() -> None:
         JointOptim(*ADAM).set_state({"w": {}})
 
 
+def test_learning_rates_of_replicas_are_those_of_the_state() -> None:
+    def svi(rates: Any) -> SVI:
+        pyro.clear_param_store()
+        guide = ps.MeanFieldNormal(line, init_scale=0.1, num_replicas=2).initialize(x)
+        return SVI(line, guide, JointOptim(torch.optim.SGD, {"lr": rates}), ps.SAM_ELBO(ps.Mean()))
+
+    def line(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=x)
+
+    def moved(svi: SVI) -> Tensor:
+        before = svi.guide.locs.w.detach().clone()
+        svi.step(x)
+        return svi.guide.locs.w.detach() - before
+
+    x = torch.linspace(0, 1, 3)
+    first = svi([0.1, 0.02])
+    expected, state = moved(first), first.optim.get_state()
+    for other in ([1.0, 1.0], [0.02, 0.1]):
+        again = svi(other)
+        again.optim.set_state(state)
+        torch.testing.assert_close(moved(again), expected)
+    for rates in (0.1, [0.1, 0.1, 0.1]):
+        with pytest.raises(ValueError, match=r"state_dict must have . learning rates of replicas, as this .* got 2"):
+            svi(rates).optim.set_state(state)
+
+
 def test_a_step_costs_less_than_with_an_optimiser_per_parameter() -> None:
     params = [torch.zeros(10, requires_grad=True) for _ in range(100)]
     times = []

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from pyro_sam._base import takeover
 from pyro_sam._base.cures import Data
+from pyro_sam._base.replicas import replicas_of
+from pyro_sam._base.torch_optimisers import check_replicas
 from pyro_sam.guide import MeanFieldNormal
+from pyro_sam.optim import JointOptim
 from pyro_sam.training.terms import terms
 
 
@@ -57,13 +60,7 @@ def not_finite(batch: Any) -> str:
 
 def check_run(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
     """Raise ValueError unless these are what a training run needs."""
-    if not isinstance(svi, SVI) or not isinstance(svi.optim, PyroOptim):
-        raise ValueError(
-            f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
-            f"got {svi!r}."
-        )
-    if not torch.is_grad_enabled():
-        raise ValueError("training needs gradients: call it outside of torch.no_grad() and torch.inference_mode().")
+    _check_svi(svi)
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
         raise ValueError(f"loader must be an iterable of batches, such as a DataLoader or a list, got {loader!r}.")
     if isinstance(loader, tuple) and all(isinstance(part, Tensor) for part in loader) and _differ(loader):
@@ -77,6 +74,29 @@ def check_run(svi: Any, loader: Any, num_epochs: Any, callbacks: Any) -> None:
         raise ValueError(f"callbacks must be a sequence of callables, got callbacks={callbacks!r}.")
     if classes := [callback.__name__ for callback in callbacks if isinstance(callback, type)]:
         raise ValueError(f"callbacks must be objects, got the class {classes[0]}: give {classes[0]}(...).")
+
+
+def _check_svi(svi: Any) -> None:
+    if not isinstance(svi, SVI) or not isinstance(svi.optim, PyroOptim):
+        raise ValueError(
+            f"svi must be a pyro.infer.SVI with a PyroOptim such as JointOptim(torch.optim.Adam, {{'lr': 1e-3}}), "
+            f"got {svi!r}."
+        )
+    if (number := replicas_of(svi.guide)) is not None and not isinstance(svi.optim, JointOptim):
+        _check_optim(svi.optim, number)
+    if not torch.is_grad_enabled():
+        raise ValueError("training needs gradients: call it outside of torch.no_grad() and torch.inference_mode().")
+
+
+def _check_optim(optim: Any, number: int) -> None:
+    """Raise ValueError if one of Pyro's optimisers would let replicas touch each other."""
+    check_replicas(getattr(optim, "pt_optim_constructor", None), number, None, needs_closure=False)
+    clip = getattr(optim, "pt_clip_args", None)
+    if isinstance(clip, Mapping) and clip.get("clip_norm") is not None:
+        raise ValueError(
+            "clip_args={'clip_norm': ...} of Pyro's optimisers bounds the norm over all replicas, which would touch "
+            "each other; use pyro_sam.optim.JointOptim(..., clip_norm=...)."
+        )
 
 
 def _differ(parts: Sequence[Tensor]) -> bool:
