@@ -84,7 +84,7 @@ def _differences(rows: Rows, path: Path, make: Any) -> Path:
         means, errors = [found[m].mean for m in present], [2 * found[m].error for m in present]
         axis.errorbar(means, range(len(present)), xerr=errors, fmt="o", markersize=3)
         axis.axvline(0, color="grey", linewidth=0.5)
-        span = max(abs(np.percentile(means, [5, 80]))) * 3 if means else 1
+        span = (max(abs(np.percentile(means, [5, 80]))) * 3 if means else 0) or 1
         axis.set(xlabel=f"NLL minus {BASELINE}, two s.e.", xlim=(-span, span))
         axis.locator_params(axis="x", nbins=4)
         axis.set_yticks(range(len(present)), present)

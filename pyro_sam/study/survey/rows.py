@@ -14,6 +14,7 @@ from pyro_sam.study.sources import fetch, local
 from pyro_sam.study.tables import Table
 
 _WAVE_ROWS, _FOREIGN_ROWS = 4000, 1000
+_WRONG_LABELS = 1_000_000  # the first of the seeds of wrong labels
 _URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -85,7 +86,8 @@ def with_wrong_labels(dataset: Dataset, share: float, seed: int) -> Dataset:
         share: Share of the training rows, rounded to whole ones.
         seed: Decides which rows, and their labels.
     """
-    generator, number = torch.Generator().manual_seed(seed), dataset.num_classes or 0
+    # not the seed itself: that draws the rows held out, which would then be the wrong ones
+    generator, number = torch.Generator().manual_seed(_WRONG_LABELS + seed), dataset.num_classes or 0
     wrong = torch.randperm(len(dataset.y_train), generator=generator)[: round(share * len(dataset.y_train))]
     labels = dataset.y_train.clone()
     labels[wrong] = (labels[wrong] + torch.randint(1, number, wrong.shape, generator=generator)) % number
