@@ -1,4 +1,8 @@
-"""Settings chosen on validation rows: trials side by side, then the best of them again on every tuning split."""
+"""Settings chosen on validation rows: trials side by side, then the best of them again on every tuning split.
+
+A method whose own number may be zero, where it is plain variational inference or a network without a climb, has half
+of its trials there; the other half takes the best settings of the first, with other values of that number.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +17,8 @@ from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
 from pyro_sam.tuning.journal import journal
 
-_SOBOL = 32  # first trials that are no choice of the sampler
+_SOBOL = 32  # trials of a half that are no choice of the sampler
+_BASES = 3  # settings of the first half that the second goes on from
 
 
 def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> tuple[dict[str, float], float]:
@@ -30,7 +35,7 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         ValueError: If no trial ended with a finite NLL.
     """
     with apart(0):
-        finalists = (_search_own if task.method.own else _search)(task, problems[0], size, file)
+        finalists = _search(task, problems[0], size, file)
     pairs = [(settings, problem) for settings in finalists for problem in problems]
     outcomes = train(task, *zip(*pairs, strict=True), num_samples=64, seed=1)
     found = torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1).mean(1)
@@ -40,34 +45,49 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
 
 def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
     """Return the settings of the best trials."""
-    space = task.method.distributions()
-    tuned = ps.tune(
+    study, space, zero = _study(file), task.method.distributions(), task.method.zero
+    run, first = _ask if task.method.own else _tune, size.trials // 2 if zero else size.trials
+    if not study.trials:
+        # one fewer: the first trial is plain variational inference, with kl_weight 1 and alpha 0
+        free = {name: space[name] for name in space if name != zero}
+        _enqueue(study, free, [{zero: 0.0} if zero else {}], first, skip=1)
+    run(task, problem, size, study, first)
+    if zero and "second" not in study.user_attrs:
+        study.set_user_attr("second", "half")
+        _enqueue(study, {zero: space[zero]}, _best(study)[:_BASES] or [{}], size.trials - first, skip=0)
+    run(task, problem, size, study, size.trials)
+    return _best(study)[: size.finalists]
+
+
+def _best(study: Any) -> list[dict[str, float]]:
+    good = sorted((trial for trial in study.trials if trial.values), key=lambda trial: trial.value)
+    return [dict(trial.params) for trial in good]
+
+
+def _tune(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> None:
+    ps.tune(
         lambda numbers: task.svi(numbers, problem),
-        space,
+        task.method.distributions(),
         Minibatches(problem, task.source.batch_size, task.steps, seed=0),
-        ps.Validation((problem.x_out, problem.y_out), num_samples=32, samples_at_once=32),
-        num_trials=size.trials,
+        ps.Validation((problem.x_out, problem.y_out), num_samples=32, samples_at_once=min(32, task.source.at_once)),
+        num_trials=trials,
         num_epochs=1,  # the NLL at the end is what counts
-        study=_study(file, space, size.trials),
+        study=study,
         max_replicas=size.max_replicas,
         progress=False,
     )
-    good = [row for row in tuned.table if row["state"] == "complete"]
-    return [{name: row[name] for name in space} for row in good[: size.finalists]]
 
 
-def _search_own(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
-    """Do what :func:`_search` does for a method that Pyro's SVI does not train."""
+def _ask(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> None:
+    """Do what :func:`_tune` does for a method that Pyro's SVI does not train."""
     space = task.method.distributions()
-    study = _study(file, space, size.trials)
-    while left := size.trials - sum(trial.state.is_finished() for trial in study.trials):
-        trials = [study.ask(space) for _ in range(min(left, size.max_replicas))]
-        outcomes = train(task, [trial.params for trial in trials], [problem] * len(trials), num_samples=32)
-        for trial, outcome in zip(trials, outcomes, strict=True):
+    while left := trials - sum(trial.state.is_finished() for trial in study.trials):
+        together = 1 if task.method.plain else size.max_replicas  # a kill then takes one trial
+        asked = [study.ask(space) for _ in range(min(left, together))]
+        outcomes = train(task, [trial.params for trial in asked], [problem] * len(asked), num_samples=32)
+        for trial, outcome in zip(asked, outcomes, strict=True):
             nll = outcome.metrics["nll"]
             study.tell(trial, nll if math.isfinite(nll) else None, state=_state(nll))
-    good = sorted((trial for trial in study.trials if trial.values), key=lambda trial: trial.value)
-    return [dict(trial.params) for trial in good[: size.finalists]]
 
 
 def _state(nll: float) -> Any:
@@ -76,23 +96,25 @@ def _state(nll: float) -> Any:
     return TrialState.COMPLETE if math.isfinite(nll) else TrialState.FAIL
 
 
-def _study(file: Path, space: dict[str, Any], trials: int) -> Any:
-    """Return the study of a file, begun with the points of a Sobol' sequence: they cover the space more evenly."""
+def _study(file: Path) -> Any:
     import optuna
-    from scipy.stats.qmc import Sobol
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=journal(str(file)),
         sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True),
         study_name="tune",
         load_if_exists=True,
     )
-    if not study.trials:
-        # one fewer: tune adds plain variational inference, with kl_weight 1 and alpha 0
-        for point in Sobol(len(space), seed=0).random(min(trials, _SOBOL))[1:]:
-            study.enqueue_trial({name: _at(each, u) for (name, each), u in zip(space.items(), point, strict=True)})
-    return study
+
+
+def _enqueue(study: Any, space: dict[str, Any], bases: list[dict[str, float]], number: int, skip: int) -> None:
+    """Enqueue settings: each of the bases in turn, and what it lacks from a Sobol' sequence, which spreads evenly."""
+    from scipy.stats.qmc import Sobol
+
+    for k, point in enumerate(Sobol(len(space), seed=0).random(min(number, _SOBOL))[skip:]):
+        drawn = {name: _at(each, u) for (name, each), u in zip(space.items(), point, strict=True)}
+        study.enqueue_trial({**bases[k % len(bases)], **drawn})
 
 
 def _at(distribution: Any, u: float) -> float:

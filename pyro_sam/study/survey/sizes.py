@@ -24,11 +24,11 @@ class Size:
     """
 
     gradients: float = 1.0
-    trials: int = 32
+    trials: int = 64
     max_replicas: int = 32
-    finalists: int = 5
-    tuning_seeds: int = 3
-    seeds: int = 8
+    finalists: int = 8
+    tuning_seeds: int = 5
+    seeds: int = 20
     num_samples: int = 64
     points: int = 6
     test_rows: int = 2000
