@@ -68,7 +68,8 @@ def test_a_network_has_the_weights_that_it_should(name: str, number: int) -> Non
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_of_replicas_is_the_step_of_each_network_alone(name: str) -> None:
     source, problems = NETWORKS[name], [random_problem(NETWORKS[name], seed=k) for k in range(2)]
-    net, kl_weight, lr = plain_network(source, problems[0]), [1.0, 0.1], 1e-4
+    net, lr, weights = plain_network(source, problems[0]), 1e-4, [1.0, 0.1]
+    kl_weight: Any = weights
     bnn = ps.BayesianModule(net, prior=dist.Normal(0.0, 0.5))
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -121,8 +122,7 @@ def test_attention_is_that_of_torch() -> None:
 def test_a_transformer_reads_the_rows_of_an_image_in_their_order() -> None:
     problem = random_problem(NETWORKS["transformer"])
     net = plain_network(NETWORKS["transformer"], problem)
-    assert isinstance(net[0], nn.Unflatten)
-    torch.testing.assert_close(net[0](problem.x)[:, 2], problem.x[:, 16:24])
+    torch.testing.assert_close(next(net.children())(problem.x)[:, 2], problem.x[:, 16:24])
     swapped = problem.x.view(-1, 8, 8)[:, [1, 0, 2, 3, 4, 5, 6, 7]].flatten(1)
     assert (net(swapped) - net(problem.x)).abs().max() > 1e-3
 
@@ -149,7 +149,7 @@ def test_fine_tuning_starts_at_a_network_that_knows_the_classes_left_out() -> No
     x, y = problem.before
     trained = networks._trained(source.hidden, x, y)
     assert float((trained(x).argmax(1) == y).double().mean()) > 0.98
-    net = plain_network(source, problem)
+    net: Any = plain_network(source, problem)
     torch.testing.assert_close(net[:-1](x), trained[:-1](x))
     assert torch.equal(net(problem.x), torch.zeros(len(problem.x), 5))
     assert all(not parameter.any() for parameter in net.parameters())
@@ -251,7 +251,8 @@ def test_the_second_output_is_the_logarithm_of_the_noise() -> None:
         net.load_state_dict(weights)
         output = net(problem.x).detach()
         expected = scipy.stats.norm.logpdf(problem.y, output[:, 0], np.exp(output[:, 1]))
-        torch.testing.assert_close(trace.nodes["obs"]["fn"].log_prob(problem.y), torch.tensor(expected).float())
+        likelihood: Any = trace.nodes["obs"]["fn"]
+        torch.testing.assert_close(likelihood.log_prob(problem.y), torch.tensor(expected).float())
     assert "log_noise" not in trace.nodes
 
 
@@ -259,7 +260,7 @@ def write_images(
     path: Path, shape: tuple[int, ...], number: int = 40, seed: int = 0, names: tuple[str, ...] = ()
 ) -> Any:
     generator = np.random.default_rng(seed)
-    arrays = {
+    arrays: dict[str, Any] = {
         "x_train": generator.integers(0, 256, (number, *shape), dtype=np.uint8),
         "y_train": np.arange(number) % 10,
         "x_test": generator.integers(0, 128, (20, *shape), dtype=np.uint8),
