@@ -225,6 +225,23 @@ def test_a_fixed_scale_gives_the_same_numbers(lean_losses: list[int]) -> None:
     assert len(lean_losses) == 6
 
 
+def test_a_network_in_bfloat16_takes_flat_steps(lean_losses: list[int]) -> None:
+    bnn = ps.BayesianModule(nn.Linear(3, 2).to(torch.bfloat16))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", SIZE, subsample_size=len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    losses = []
+    for fast in (True, False):
+        pyro.clear_param_store()
+        svi = SVI(model, ps.MeanFieldNormal(model), SGD({"lr": 0.0}), ps.SAM_ELBO(ps.Adversarial(), fast=fast))
+        losses.append([svi.step(X.to(torch.bfloat16), Y) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert lean_losses
+
+
 def test_the_differentiable_loss_has_the_same_gradients_and_curvature() -> None:
     model = tied()
     guide = ps.MeanFieldNormal(model).initialize(X, Y)

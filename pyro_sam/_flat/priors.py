@@ -48,7 +48,8 @@ class NormalPriors:
         # many priors are the same one
         by_place = {key: t for each in self._places for key, t in zip(each.key, each[2:4], strict=True)}
         self._places_in_memory, self._tensors = list(by_place), list(by_place.values())
-        self._on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        # NumPy has no bfloat16
+        self._has_numbers = all(t.device.type == "cpu" and t.dtype != torch.bfloat16 for t in self._tensors)
         self._numbers: list[float] = []
         self._stretches: list[_Stretch] = []
 
@@ -66,7 +67,7 @@ class NormalPriors:
 
     def _now(self) -> list[_Stretch]:
         # read as numbers where they lie in the host's memory; a capture must see the tensors themselves
-        if not self._on_cpu or torch._C._len_torch_dispatch_stack():
+        if not self._has_numbers or torch._C._len_torch_dispatch_stack():
             return _joined(self._places)
         numbers = [tensor.numpy().item() for tensor in self._tensors]
         if numbers != self._numbers or not self._stretches:
