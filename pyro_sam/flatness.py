@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from pyro_sam._base.arguments import non_negative, positive_int
+from pyro_sam._base.cures import explained
 from pyro_sam.perturbation import unit
 from pyro_sam.predictive.landscape import Landscape, Space
 
 __all__ = ["average_sharpness", "hessian_eigenvalues", "hessian_trace", "sharpness"]
 
 
+@explained
 def sharpness(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -57,6 +59,7 @@ def sharpness(
     return max(best, loss.value(v)) - at_mean
 
 
+@explained
 def average_sharpness(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -90,6 +93,7 @@ def average_sharpness(
     return total / num_directions - loss.value(loss.zero)
 
 
+@explained
 def hessian_eigenvalues(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -134,6 +138,7 @@ def hessian_eigenvalues(
     return torch.as_tensor(found).sort(descending=True).values
 
 
+@explained
 def hessian_trace(
     model: Callable[..., Any],
     guide: Callable[..., Any],

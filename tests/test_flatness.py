@@ -227,6 +227,26 @@ def test_bad_arguments_are_refused(problem: Quadratic, name: str) -> None:
         function(model, full)
 
 
+def test_half_precision_and_missing_rows_are_refused() -> None:
+    bnn = ps.BayesianModule(nn.Linear(2, 2).to(torch.bfloat16))
+    weight: Any = bnn.net.weight
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = bnn(x.to(weight.dtype))
+        with pyro.plate("data", 40, subsample_size=len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    x, y = torch.randn(8, 2), torch.randint(2, (8,))
+    guide = ps.MeanFieldNormal(model).initialize(x, y)
+    with pytest.raises(ValueError, match=r"lost in half precision.* guide.float\(\) and bnn.float\(\)"):
+        flatness.sharpness(model, guide, x, y)
+    bnn.float()
+    guide.float()
+    assert flatness.sharpness(model, guide, x, y) > 0
+    with pytest.raises(ValueError, match="The batch is empty"):
+        flatness.sharpness(model, guide, x[:0], y[:0])
+
+
 def test_bad_numbers_are_refused(problem: Quadratic) -> None:
     pair = problem.model(), problem.guide()
     with pytest.raises(ValueError, match="rho must be non-negative, got rho=-1"):

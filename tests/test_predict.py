@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor, nn
 
 import pyro_sam as ps
+from pyro_sam.predictive.prediction import Prediction, SampledLikelihood
 
 X = torch.linspace(-1, 1, 12).double()
 
@@ -401,6 +402,21 @@ def test_what_cannot_predict_is_refused() -> None:
 def test_quantile_inverts_the_distribution_function_of_the_mixture(q: float) -> None:
     prediction = ps.predict(linear, fitted(linear, X, X, scale=3.0), X, num_samples=8, batch_size=5)
     torch.testing.assert_close(prediction.cdf(prediction.quantile(q)), torch.full((12,), q))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_likelihoods_of_half_precision_are_mixed_in_single(dtype: torch.dtype) -> None:
+    logits = torch.randn(64, 20, 3).to(dtype)
+    labels, coins = torch.randint(3, (20,)), torch.randint(2, (20,)).to(dtype)
+    for make, rows, y in ((dist.Categorical, logits, labels), (dist.Bernoulli, logits[..., 0], coins)):
+        half = [SampledLikelihood(make(logits=row), None, 1) for row in rows]
+        full = [SampledLikelihood(make(logits=row.double()), None, 1) for row in rows]
+        one, other = Prediction([half]), Prediction([full])
+        torch.testing.assert_close(one.probs.double(), other.probs, rtol=torch.finfo(dtype).eps, atol=0.0)
+        if make is dist.Categorical:
+            torch.testing.assert_close(one.probs.sum(-1), torch.ones(20, dtype=torch.float32))
+        assert one.log_prob(y).dtype == torch.float32
+        torch.testing.assert_close(one.log_prob(y).double(), other.log_prob(y.double()), rtol=1e-2, atol=1e-2)
 
 
 def test_what_a_prediction_does_not_have_is_explained() -> None:

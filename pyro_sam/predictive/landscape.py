@@ -37,8 +37,8 @@ class Landscape:
         args: Arguments of both, with the observations.
         space: ``"weight"`` or ``"noise"``.
     Raises:
-        ValueError: If ``space`` is neither, the guide has no Gaussian site, or in weight space a site of it has no
-            standard deviations of its own.
+        ValueError: If ``space`` is neither, the guide has no Gaussian site or is in half precision, or in weight space
+            a site of it has no standard deviations of its own.
     """
 
     def __init__(
@@ -59,6 +59,11 @@ class Landscape:
                 "with reparameterised Normal sites."
             )
         noises = [site.noise for site in self._sites.values()]
+        if any(torch.finfo(noise.dtype).bits == 16 for noise in noises):
+            raise ValueError(
+                "differences of the loss are lost in half precision, which the guide is in: make guide and network "
+                "single, guide.float() and bnn.float()."
+            )
         self._scale = self._flat_scale() if space == "weight" else None
         self.zero = torch.cat([torch.zeros_like(noise).reshape(-1) for noise in noises])
 

@@ -42,6 +42,8 @@ class SampledLikelihood:
     def map(self, statistic: Callable[[Any], Tensor]) -> Tensor:
         """Return a statistic of the distribution, the samples along the first dimension."""
         values = statistic(self.fn)
+        if values.is_floating_point() and torch.finfo(values.dtype).bits == 16:
+            values = values.float()  # sums over samples would lose what digits there are
         if self.num_samples is None:
             return values[None]
         return values.flatten(0, len(self.fn.batch_shape) - 1 - self.batch_dim)[self.start : self.stop]
@@ -113,7 +115,7 @@ class Prediction:
         kind = unwrap(self.batches[0][0].fn)
         if not isinstance(kind, td.Categorical | td.Bernoulli | td.OneHotCategorical):
             raise ValueError(f"a {type(kind).__name__} likelihood has no class probabilities; use mean and variance.")
-        return self._join([_mean(parts, lambda fn: unwrap(fn).probs) for parts in self.batches])
+        return self._join([_mean(parts, _probs) for parts in self.batches])
 
     @property
     def mean(self) -> Tensor:
@@ -225,6 +227,15 @@ def _mean(parts: list[SampledLikelihood], statistic: Callable[[Any], Tensor]) ->
     """Return the mean over samples, which are not stacked."""
     total: Any = sum(part.map(statistic).sum(0) for part in parts)
     return total / sum(map(len, parts))
+
+
+def _probs(fn: Any) -> Tensor:
+    kind = unwrap(fn)
+    probs: Tensor = kind.probs
+    if torch.finfo(probs.dtype).bits > 16:
+        return probs
+    logits: Tensor = kind.logits.float()  # as rounded as they are, but of probabilities that add up to 1
+    return logits.sigmoid() if isinstance(kind, td.Bernoulli) else logits.softmax(-1)
 
 
 def _variance(parts: list[SampledLikelihood]) -> Tensor:
