@@ -102,9 +102,10 @@ class OrdinaryRan(Ran):
 
     def sees_noise(self, kl: Loss) -> Dependence:
         """Return what depends on the noise: in the graph of this run, or behind its back."""
+        if reaches(prior_parameters(self.model), self._nodes):
+            return Dependence(kl=True, prior=True)  # what the graph says now is not remembered of the kind
         hidden = self._passes.hidden_dependence(self, kl, self._e)
-        prior = hidden.prior or reaches(prior_parameters(self.model), self._nodes)
-        return Dependence(kl=hidden.kl or prior or reaches([kl], self._nodes), prior=prior)
+        return Dependence(kl=hidden.kl or hidden.prior or reaches([kl], self._nodes), prior=hidden.prior)
 
 
 def _remember(average: Average, decay: float, core: CoreNormal, gradient: Tensor) -> None:
@@ -222,7 +223,7 @@ class OrdinaryPasses(Passes):
 
     def hidden_dependence(self, ran: OrdinaryRan, kl: Loss, e: Tensor) -> Dependence:
         """Return what changed at other noise, when such a structure was met for the first time."""
-        key = ran.guide.kind, kind(ran.model)
+        key = ran.guide.kind, kind(ran.model), torch.is_grad_enabled()  # without a graph all is hidden
         known = self._pair.hidden.get(key)
         if known is None:
             with torch.no_grad(), kept_buffers(self._call.modules):
