@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,12 +18,14 @@ import pyro_sam as ps
 from pyro_sam.study import cli
 from pyro_sam.study.survey import problems, studying
 from pyro_sam.study.survey.bsam import BSAM
+from pyro_sam.study.survey.choosing import choose
 from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
 from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
 from pyro_sam.study.survey.sensitivity import ALPHAS
 from pyro_sam.study.survey.training import Task, apart, network, train
+from pyro_sam.tuning.journal import journal
 from tests import survey_worker
 
 
@@ -227,6 +231,33 @@ def test_the_command_makes_tables_and_figures(tmp_path: Path, monkeypatch: Any, 
     assert "| map" in capsys.readouterr().out
 
 
+def test_settings_of_another_study_are_taken_and_the_rest_is_tuned(
+    finished: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["--quick", "--data", "digits-60", "--methods", "mfvi,ascended,asam", "--seeds", "1", "--trials", "2"]
+    assert cli.main(["study", *words, "--settings-of", str(finished), "--out", str(tmp_path)]) == 0
+    found = {row["method"]: row["settings"] for row in Records(tmp_path).read()}
+    kept = {row["method"]: row["settings"] for row in Records(finished).read()}
+    assert {name: kept.get(name) for name in found} == {**found, "asam": None}
+    assert [path.name for path in (tmp_path / "tuning").glob("*.log")] == ["digits-60.asam.log"]
+
+
+def test_half_of_the_trials_of_a_law_are_at_zero_and_the_others_go_on_from_their_best(tmp_path: Path) -> None:
+    size = dataclasses.replace(survey_worker.SIZE, trials=12)
+    draws = Draws(survey_worker.SOURCE)
+    choose(Task(METHODS["ascended-previous"], survey_worker.SOURCE, 20), draws.tuning(1), size, tmp_path / "tune.log")
+    trials = optuna.load_study(study_name="tune", storage=journal(str(tmp_path / "tune.log"))).trials
+    first, second = trials[:6], trials[6:]
+    assert len(trials) == 12
+    assert all(trial.params["alpha"] == 0 for trial in first)
+    assert len({trial.params["kl_weight"] for trial in first}) == 6
+    best = sorted(first, key=lambda trial: trial.value)[:3]
+    bases = {(trial.params["kl_weight"], trial.params["lr"]) for trial in best}
+    assert {(trial.params["kl_weight"], trial.params["lr"]) for trial in second} == bases
+    assert len({trial.params["alpha"] for trial in second}) == 6
+
+
 def test_the_command_measures_flatness_and_the_effect_of_alpha(finished: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
     words = ["study", "--quick", "--data", "digits-60", "--seeds", "2", "--out", str(finished)]
@@ -249,6 +280,7 @@ def test_the_command_measures_flatness_and_the_effect_of_alpha(finished: Path, m
     [
         (["--data", "digit"], "--data must be among digits-120, .*, got 'digit'"),
         (["--methods", "mfvi,sma"], "--methods must be among mfvi, .*, got 'sma'"),
+        (["--settings-of", "nowhere"], "--settings-of nowhere is the folder of no study: it has no runs.jsonl"),
         (["--report"], "--report needs finished runs, and .* has none"),
     ],
 )

@@ -40,6 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--gradients", type=arguments.whole, metavar="N", help="gradients of a run [those of data set and size]")
     option("--out", type=Path, default=Path("results/study"), metavar="DIR", help="folder of the study [%(default)s]; "
            "processes with one folder share the work, and a killed study goes on")  # fmt: skip
+    option("--settings-of", type=Path, metavar="DIR", help="take the settings that the study in DIR has chosen, where "
+           "it has any, and tune only the rest")  # fmt: skip
     option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
     option("--flatness", action="store_true", help="compare the flatness of some methods at the same settings instead")
     option("--sensitivity", action="store_true", help="train at several alphas, the rest as chosen for mfvi, instead")
@@ -101,7 +103,17 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
             draws = Draws(SOURCES[name], args.data_dir, size.test_rows)
             records.add(at_alphas(records.read(), draws, size.seeds), SENSITIVITY)
     else:
-        study(data, methods, size, records, args.data_dir, say)
+        study(data, methods, size, records, args.data_dir, say, _kept(args.settings_of))
+
+
+def _kept(folder: Path | None) -> "Records | None":
+    from pyro_sam.study.survey.records import RUNS, Records
+
+    if folder is None:
+        return None
+    if not (folder / RUNS).is_file():
+        raise arguments.UsageError(f"--settings-of {folder} is the folder of no study: it has no {RUNS}.")
+    return Records(folder)
 
 
 def _methods(given: list[str], say: Callable[[str], None]) -> list[str]:

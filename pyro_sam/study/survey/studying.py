@@ -18,7 +18,13 @@ _POLL = 1.0  # seconds between looks at what other processes do
 
 
 def study(
-    data: Sequence[str], methods: Sequence[str], size: Size, records: Records, data_dir: Path | None, say: Say
+    data: Sequence[str],
+    methods: Sequence[str],
+    size: Size,
+    records: Records,
+    data_dir: Path | None,
+    say: Say,
+    kept: Records | None = None,
 ) -> None:
     """Do what is left of a study; return when all of it is done, by whomever.
 
@@ -29,12 +35,13 @@ def study(
         records: Where the runs are kept.
         data_dir: Folder with data files.
         say: Called with a line for each task that is done.
+        kept: A study whose chosen settings are taken; what it lacks is tuned.
     Raises:
         DataError: If a data set cannot be had.
     """
     tasks = [(each, method) for each in data for method in _with_models(methods)]
     while left := [task for task in tasks if not _is_done(records, *task, size)]:
-        worked = [_attempt(records, *task, size, data_dir, say) for task in left]
+        worked = [_attempt(records, *task, size, data_dir, say, kept) for task in left]
         if not any(worked):
             time.sleep(_POLL)
 
@@ -51,14 +58,16 @@ def _is_done(records: Records, data: str, method: str, size: Size) -> bool:
     return seeds >= set(range(size.seeds))
 
 
-def _attempt(records: Records, data: str, method: str, size: Size, data_dir: Path | None, say: Say) -> bool:
+def _attempt(
+    records: Records, data: str, method: str, size: Size, data_dir: Path | None, say: Say, kept: Records | None
+) -> bool:
     """Do a task, unless it is done or under way, or waits for another; return whether that was so."""
     with records.claim(data, method) as mine:
         if not mine or _is_done(records, data, method, size):
             return False
         began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows)
         try:
-            chosen = _settings(records, draws, METHODS[method], size)
+            chosen = _kept(kept, data, METHODS[method]) or _settings(records, draws, METHODS[method], size)
             if chosen is None:
                 return False
             records.add(_run(draws, METHODS[method], size, *chosen))
@@ -69,6 +78,12 @@ def _attempt(records: Records, data: str, method: str, size: Size, data_dir: Pat
             return True
         say(f"{data}, {method}: {time.monotonic() - began:.0f} s")
         return True
+
+
+def _kept(kept: Records | None, data: str, method: Method) -> tuple[dict[str, float], float] | None:
+    rows = kept.read() if kept else []
+    found = [row for row in rows if (row["data"], row["method"]) == (data, method.like or method.name)]
+    return (found[0]["settings"], found[0]["validation"]) if found and "settings" in found[0] else None
 
 
 def _settings(records: Records, draws: Draws, method: Method, size: Size) -> tuple[dict[str, float], float] | None:
