@@ -18,6 +18,7 @@ TUNING_SEED = 100  # the first of the tuning splits
 _PUBLISHED = 20  # splits of the UCI sets; the last ones are for tuning
 _IMAGES = {"digits": (8, 8, 1), **dict.fromkeys(("mnist", "mnist-5k", "fashion-mnist"), (28, 28, 1)),
            **dict.fromkeys(("cifar10", "cifar10-subset"), (32, 32, 3))}  # fmt: skip
+_AT_ONCE, _WIDE = {"lenet": 1, "resnet20": 1, "transformer": 8}, 100
 _FOREIGN = {"mnist": "fashion-mnist", "mnist-5k": "fashion-mnist", "fashion-mnist": "mnist"}
 
 
@@ -74,7 +75,7 @@ class Source:
     @property
     def at_once(self) -> int:
         """Largest number of weight samples that run together: large networks gain nothing, and need the memory."""
-        return 1 if self.network in ("lenet", "resnet20") else 64
+        return 1 if max(self.hidden) > _WIDE else _AT_ONCE.get(self.network, 64)
 
 
 _ALL = (
@@ -93,7 +94,7 @@ _ALL = (
     Source("fashion-800", "fashion-mnist", rows=800, validation=2000),
     Source("mnist-5k", "mnist-5k", gradients=8000, batch_size=64),
     Source("fashion-5k", "fashion-mnist", gradients=8000, rows=5000, validation=2000, batch_size=64),
-    Source("mnist", "mnist", gradients=20_000, batch_size=128, hidden=(400, 400)),
+    Source("mnist", "mnist", gradients=20_000, validation=1 / 12, batch_size=128, hidden=(400, 400)),
     Source("mnist-2000-lenet", "mnist", gradients=4000, rows=2000, validation=2000, batch_size=64, network="lenet"),
     Source("mnist-5k-lenet", "mnist-5k", gradients=8000, batch_size=64, network="lenet"),
     Source("cifar-4000", "cifar10-subset", gradients=4000, network="resnet20"),
