@@ -197,8 +197,9 @@ def _refuse_missing(name: str, fn: Any, guide: Mapping[str, Any]) -> None:
     if is_discrete(fn):
         raise ValueError(
             f"latent site '{name}' of the model is discrete ({type(unwrap(fn)).__name__}): SAM_ELBO needs continuous "
-            "latents. Have it summed out, by pyro.infer.config_enumerate on the model or by "
-            "infer={'enumerate': 'parallel'} at the site, and keep it out of the guide."
+            "latents. If it is data, pass the observations to it (obs= in the model). Otherwise have it summed out, by "
+            "pyro.infer.config_enumerate on the model or by infer={'enumerate': 'parallel'} at the site, and keep it "
+            "out of the guide."
         )
     if name in guide and guide[name]["type"] == "sample":
         raise ValueError(
