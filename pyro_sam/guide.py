@@ -25,7 +25,7 @@ from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.cures import explained
 from pyro_sam._base.fresh import fresh_weights
 from pyro_sam._base.initial_scale import SAMRadius, check_rule, initial_scale, small_start
-from pyro_sam._base.replicas import mark, of_replica
+from pyro_sam._base.replicas import check_parameters, mark, of_replica
 from pyro_sam._base.takeover import left_by_others, names_of, note_made, warn_of
 from pyro_sam._flat.recorder import only_parameters_are_traced
 from pyro_sam._flat.vectors import FlatNormal, FlatParameters
@@ -459,12 +459,7 @@ def _free_name(name: str) -> str:
 
 
 def _check_parameters(model: Any) -> None:
-    own = [name for name, site in model.nodes.items() if site["type"] == "param"]
-    if own:
-        raise ValueError(
-            f"the model has parameters of its own ({', '.join(own)}), which all replicas would share; give them a "
-            "prior, or train without num_replicas."
-        )
+    check_parameters([name for name, site in model.nodes.items() if site["type"] == "param"])
 
 
 _SAMPLING = ("__call__", "forward", "_posterior", "_get_loc_and_scale", "_create_plates")

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
+from pyro.optim import Adam
 from torch import Tensor, nn
 
 import pyro_sam as ps
@@ -623,6 +624,29 @@ def test_a_buffer_is_written_once_a_step_or_refused_where_replicas_differ(fast: 
     with pytest.raises(ValueError, match="Counts writes to its buffer 'kept' what differs from replica to replica"):
         ps.SAM_ELBO(fast=fast).loss_and_grads(model, guide, X, LABELS)
     assert mean.kept == 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_parameter_that_the_model_comes_to_have_is_refused(fast: bool) -> None:
+    net = ps.BayesianModule(nn.Linear(4, 2))
+    late = False
+
+    def model(x: Tensor, y: Tensor) -> None:
+        logits = net(x)
+        if late:
+            logits = logits * pyro.param("factor", torch.ones(2))
+        with pyro.plate("data", 50, subsample_size=len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    guide = ps.MeanFieldNormal(model, num_replicas=2)
+    svi = SVI(model, guide, Adam({"lr": 0.1}), ps.SAM_ELBO(fast=fast))
+    svi.step(X, LABELS)
+    svi.step(X, LABELS)
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    late = True
+    with pytest.raises(ValueError, match=r"parameters of its own \(factor\), which all replicas would share"):
+        svi.step(X, LABELS)
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
 
 
 def test_optimisers_that_mix_elements_are_refused() -> None:

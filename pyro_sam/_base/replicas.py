@@ -1,6 +1,6 @@
 """Replicas: which tensors have one row for each, and which arguments each has its own of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +116,19 @@ def check_statistics(modules: Iterable[Any]) -> None:
                 f"{type(module).__name__} cannot keep running statistics of several replicas. Put it in eval mode, "
                 "build it with track_running_stats=False, use GroupNorm, or train without num_replicas."
             )
+
+
+def check_parameters(names: Sequence[str]) -> None:
+    """Check that a model has no parameters of its own.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if names:
+        raise ValueError(
+            f"the model has parameters of its own ({', '.join(names)}), which all replicas would share; give them a "
+            "prior, or train without num_replicas."
+        )
 
 
 def sum_of(loss: Any) -> Any:

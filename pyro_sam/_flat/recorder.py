@@ -40,6 +40,7 @@ class Recorder(Messenger):
         streams: Where the random streams were at the start or after the last draw of indices, to find out of draws of
             the model's own; None where nobody asks.
         draws: Whether there was one, so far.
+        parameters: The names of the parameters that the model has of its own.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Recorder(Messenger):
         self.batches: list[Mapping[str, Any]] = []
         self.streams: tuple[bytes, ...] | None = None
         self.draws = False
+        self.parameters: list[str] = []
 
     def take(self, priors: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the values of the sites with these priors, as if each had been sampled."""
@@ -91,6 +93,9 @@ class Recorder(Messenger):
         """Note whether the model has drawn something of its own since the last look."""
         if self.streams is not None:
             self.draws = self.draws or self.streams != RandomState.capture().fingerprint()
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.parameters.append(msg["name"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.nodes or any(msg["name"] in priors for priors in self.batches):

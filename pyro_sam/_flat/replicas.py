@@ -20,7 +20,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_sam._base.random_state import RandomState, rewound
-from pyro_sam._base.replicas import PerReplica
+from pyro_sam._base.replicas import PerReplica, check_parameters
 from pyro_sam._base.vectorised import mappable
 from pyro_sam._flat.passes import FlatPasses, FlatRan, KnownModel, kl_terms
 from pyro_sam._flat.place import Place, Where
@@ -151,6 +151,7 @@ class ReplicaPasses(FlatPasses):
             run.streams = RandomState.capture().fingerprint()
         with run:
             call.run_model()
+        check_parameters(run.parameters)
         if look:
             run.look_at_streams()
             self._pair.draws = run.draws

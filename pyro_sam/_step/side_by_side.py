@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam._base.buffers import kept_buffers
+from pyro_sam._base.replicas import check_parameters
 from pyro_sam._step import checks
 from pyro_sam._step.memory import Average, Layout
 from pyro_sam._step.ordinary import OrdinaryPasses, OrdinaryRan
@@ -75,6 +76,8 @@ class SideBySide(Passes):
                 ran.append(call(member.descend, e[r : r + 1], detach_scale=detach_scale, average=part))
                 written.append(buffers.now())
                 _check_same(written[0], written[-1])
+                nodes: Any = ran[-1].model.nodes.items()
+                check_parameters([name for name, site in nodes if site["type"] == "param"])
         self._note(call)
         return RanSideBySide(ran)
 
