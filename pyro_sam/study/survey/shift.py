@@ -29,11 +29,11 @@ def under_shift(predict: Predict, source: Source, problem: Problem) -> dict[str,
         source: Tells the shape of the images.
         problem: Rows held out, and outliers.
     Returns:
-        Values by name; none unless it is a classification of images.
+        Values by name; none unless the inputs are images.
     Raises:
         ValueError: If a prediction is not finite.
     """
-    if source.image is None or source.task != "classification":
+    if source.image is None:
         return {}
     x, y, found = problem.x_out[:_ROWS], problem.y_out[:_ROWS], dict[str, float]()
     for name, shifted in _shifts(x, source.image, float(problem.x.min())):
