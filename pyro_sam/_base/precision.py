@@ -15,4 +15,11 @@ def autocast() -> tuple[Hashable, ...]:
         found = [(torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype())]
         found.append((torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()))
         return tuple(dtype for on, dtype in found if on)
-    return tuple((device, asked(device)) for device in _DEVICES if torch.is_autocast_enabled(device))
+    return tuple((device, asked(device)) for device in _DEVICES if _is_on(device))
+
+
+def _is_on(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # a torch that has none for this device
+        return False

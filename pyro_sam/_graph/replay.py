@@ -157,7 +157,7 @@ def replayed(
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
         return None
-    key = settings.graph_key(), asked, _environment(), spec, tuple(map(_static, leaves)), _aliases(tensors)
+    key = settings.graph_key(), asked, _environment(), _hashable(spec), tuple(map(_static, leaves)), _aliases(tensors)
     form = pair.graphs.get(key) or pair.graphs.put(key, _Form())
     if form.refused:
         return None
@@ -209,6 +209,14 @@ def _environment() -> Hashable:
         torch.are_deterministic_algorithms_enabled(),
         bool(pyro.settings.get("module_local_params")),
     )
+
+
+def _hashable(spec: Any) -> Hashable:
+    try:
+        hash(spec)
+    except TypeError:  # of a torch older than 2.13
+        return repr(spec)
+    return spec
 
 
 def _static(leaf: Any) -> Hashable:
