@@ -14,7 +14,7 @@ SOAK_SEED ?= 0
 # What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
 TEST_ARGS ?=
 
-# The extra `outside`, whose other requirements are there already, without torchvision: nothing here uses it, and the
+# The extra `outside`, and IVON for the benchmarks, whose other requirements are there already, without torchvision: nothing here uses it, and the
 # build that comes from an index other than torch's breaks torchmetrics, which imports it where it is.
 OUTSIDE := ivon-opt laplace-torch==0.3 asdfghjkl==0.1a4 backpack-for-pytorch curvlinops-for-pytorch einconv einops \
 	linear_operator unfoldNd

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import pyro_sam as ps
+from benchmarks.ivon import METHOD, Ivon
 from pyro_sam.study import cli
 from pyro_sam.study.survey import problems
 from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.networks import plain_network
 from pyro_sam.study.survey.outside.descent import Descent
 from pyro_sam.study.survey.outside.dropout import Dropout
-from pyro_sam.study.survey.outside.ivon import Ivon
 from pyro_sam.study.survey.outside.laplace import Laplace
-from pyro_sam.study.survey.outside.running import predict
+from pyro_sam.study.survey.outside.running import RUNS, predict
 from pyro_sam.study.survey.outside.start import Plain, Start
 from pyro_sam.study.survey.outside.swag import Snapshots, Swag
 from pyro_sam.study.survey.problems import Problem, Source
@@ -396,6 +396,13 @@ def test_dropout_trains_with_masks() -> None:
 OUTSIDE = ["ivon", "laplace", "swag", "dropout"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def with_ivon() -> Iterator[None]:
+    METHODS["ivon"], RUNS["ivon"] = METHOD, Ivon
+    yield
+    del METHODS["ivon"], RUNS["ivon"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: Any) -> Path:
     out: Path = tmp_path_factory.mktemp("outside")
@@ -481,15 +488,15 @@ def test_tables_mark_methods_from_outside(finished: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def _no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, package in (("ivon", "no_ivon"), ("laplace", "no_laplace")):
+    for name, package in (("swag", "no_swag"), ("laplace", "no_laplace")):
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], needs=package))
 
 
 @pytest.mark.usefixtures("_no_packages")
 def test_a_method_whose_package_is_missing_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
-    assert cli.main(["study", "--methods", "map,ivon,laplace", "--out", str(tmp_path)]) == 2
+    assert cli.main(["study", "--methods", "map,laplace,swag", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "--methods ivon, laplace needs no_ivon, no_laplace, not installed: pip install pyro-sam[outside]." in error
+    assert "--methods laplace, swag needs no_laplace, no_swag, not installed: pip install pyro-sam[outside]." in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -500,6 +507,6 @@ def test_the_default_list_leaves_out_what_is_not_installed_and_says_so(
     asked: list[str] = []
     monkeypatch.setattr("pyro_sam.study.survey.studying.study", lambda data, methods, *_: asked.extend(methods))
     cli.main(["study", "--out", str(tmp_path)])
-    assert asked == [name for name in METHODS if name not in ("ivon", "laplace")]
+    assert asked == [name for name in METHODS if name not in ("laplace", "swag")]
     captured = capsys.readouterr()
-    assert "left out ivon, laplace, which needs no_ivon, no_laplace, not installed" in captured.out + captured.err
+    assert "left out laplace, swag, which needs no_laplace, no_swag, not installed" in captured.out + captured.err

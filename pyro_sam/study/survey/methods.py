@@ -1,8 +1,8 @@
 r"""The methods of the study: which law, which guide, what is tuned, what a step costs.
 
-Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03; of another kind are bSAM's, 0.01 to 3, and
-IVON's, 0.01 to 1), both on a log scale, and every radius begins at 0. The first trial of each that Pyro's SVI trains
-has ``kl_weight`` 1 and ``alpha`` 0.
+Every space has ``kl_weight`` (0.0003 to 1) and ``lr`` (0.0003 to 0.03; bSAM's, of another kind, 0.01 to 3), both on a
+log scale, and every radius begins at 0. The first trial of each that Pyro's SVI trains has ``kl_weight`` 1 and
+``alpha`` 0.
 """
 
 import importlib.util
@@ -95,7 +95,6 @@ class Method:
 _ALPHA, _RADIUS, _KAPPA = {"alpha": (-3.0, 15.0)}, {"rho": (0.0, 15.0)}, {"kappa": (0.0, 3.0)}
 _SAM, _ASAM, _FIXED = {"rho": (0.0, 0.5)}, {"rho": (0.0, 3.0)}, {"rho": (0.0, 2.0)}
 _BSAM = {"rho": (0.0, 2.0), "lr": (1e-2, 3.0, True)}
-_IVON = {"lr": (1e-2, 1.0, True), "hess_init": (1e-3, 1.0, True)}
 _SWAG, _DROPOUT = {"swa_lr": (1e-4, 1e-2, True)}, {"rate": (0.0, 0.5)}
 _PREVIOUS: dict[str, Any] = {"ascent": "previous"}
 
@@ -164,7 +163,6 @@ _ALL = (
            like="map", budget=5, members=5, outside=True),
     Method("bsam", "bSAM, an optimiser with a posterior of its own", _gaussian, _BSAM, zero="rho", own=True,
            outside=True),
-    Method("ivon", "IVON, a natural gradient for a mean-field posterior", needs="ivon", space=_IVON, **_PLAIN),
     Method("laplace", "Laplace's approximation on the last layer of map", needs="laplace", like="map", **_PLAIN),
     Method("swag", "SWAG: a Gaussian of the weights that map passes through", space=_SWAG, **_PLAIN),
     Method("dropout", "MC dropout", space=_DROPOUT, zero="rate", **_PLAIN),

@@ -18,7 +18,6 @@ from pyro_sam.predictive.prediction import SampledLikelihood
 from pyro_sam.study.survey.measuring import metrics_of
 from pyro_sam.study.survey.networks import plain_network
 from pyro_sam.study.survey.outside.dropout import Dropout
-from pyro_sam.study.survey.outside.ivon import Ivon
 from pyro_sam.study.survey.outside.laplace import Laplace
 from pyro_sam.study.survey.outside.start import Plain, Start
 from pyro_sam.study.survey.outside.swag import Swag
@@ -40,7 +39,7 @@ class Run(Protocol):
         """Put the network at the posterior's mean, for the body."""
 
 
-RUNS: dict[str, Callable[[Start], Run]] = {"ivon": Ivon, "laplace": Laplace, "swag": Swag, "dropout": Dropout}
+RUNS: dict[str, Callable[[Start], Run]] = {"laplace": Laplace, "swag": Swag, "dropout": Dropout}
 
 
 def train(

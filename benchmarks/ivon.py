@@ -1,4 +1,7 @@
-r"""IVON, by the package ``ivon-opt``: a natural gradient for a mean-field Normal posterior.
+r"""IVON, by the package ``ivon-opt``, among the methods of the study: a natural gradient for a mean-field posterior.
+
+The package is under the GPL, so that the library itself does not import it: ``python -m benchmarks.ivon`` is
+``pyro-sam study`` with one method more, ``ivon``.
 
 It minimises :math:`\mathrm{ess} \cdot E_q[\text{loss per row}] + \mathrm{KL}(q \| N(0, 1 / (\mathrm{ess} \cdot
 \delta)))`, so that with :math:`\mathrm{ess} = N / \mathrm{kl\_weight}` and the weight decay :math:`\delta =
@@ -8,12 +11,17 @@ References:
     Shen et al. (2024), "Variational learning is effective for large deep networks", arXiv:2402.17641.
 """
 
+import dataclasses
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from pyro_sam.study import cli
+from pyro_sam.study.survey.methods import METHODS
+from pyro_sam.study.survey.outside.running import RUNS
 from pyro_sam.study.survey.outside.start import Start
 
 # the package's own, 0.99999, would leave the variances of a run of some thousand steps where they began
@@ -55,3 +63,23 @@ class Ivon:
     def centred(self) -> AbstractContextManager[None]:
         """Leave the network at the posterior's mean, where it is but for samples."""
         return nullcontext()
+
+
+METHOD = dataclasses.replace(
+    METHODS["dropout"],
+    name="ivon",
+    summary="IVON, a natural gradient for a mean-field posterior",
+    space={"lr": (1e-2, 1.0, True), "hess_init": (1e-3, 1.0, True)},
+    zero=None,
+    needs="ivon",
+)
+
+
+def main() -> int:
+    """Run the study with IVON among its methods."""
+    METHODS["ivon"], RUNS["ivon"] = METHOD, Ivon
+    return cli.main(["study", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
