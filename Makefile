@@ -5,6 +5,8 @@ PIP_ARGS ?=
 # Where the demo writes, and what it adds to `pyro-sam compare digits`.
 OUT ?= results/digits
 DEMO_ARGS ?=
+# What `make demo` adds to `pyro-sam study`, which trains the settings that docs/study has chosen on 120 digits.
+STUDY_ARGS ?= --data digits-120 --methods mfvi map sam ascended-previous
 # Where the benchmark writes, and what it adds to `python -m benchmarks.step_time`.
 BENCH_OUT ?= results/bench
 BENCH_ARGS ?=
@@ -56,6 +58,8 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP)
 	@echo "== comparing the methods on digits; results in $(OUT)"
 	@$(BIN)/pyro-sam compare digits --seeds 5 --out $(OUT) $(DEMO_ARGS)
+	@echo "== 120 digits, 20 seeds, settings chosen before; results in $(OUT)/tuned"
+	@$(BIN)/pyro-sam study $(STUDY_ARGS) --settings-of docs/study --out $(OUT)/tuned
 
 figure: demo
 	@mkdir -p docs
