@@ -235,7 +235,7 @@ def test_a_data_dir_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         (
             "mnist",
             r"OpenML 554 failed .*no network here.*"
-            r"http://yann.lecun.com/exdb/mnist, put it at .*mnist.npz, or the four official .*/mnist/",
+            r"http://yann.lecun.com/exdb/mnist, put it at .*mnist.npz, with arrays x_train, .*, or the four official .*/mnist/",
         ),
         (
             "yacht",
@@ -259,7 +259,7 @@ def test_without_file_and_network_the_error_says_where_to_get_it_and_where_to_pu
         load(name)
 
 
-def test_openml_rows_are_split_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openml_rows_are_split_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pandas as pd
 
     x = np.zeros((23, 784))
@@ -268,6 +268,7 @@ def test_openml_rows_are_split_as_published(monkeypatch: pytest.MonkeyPatch) -> 
     frame = type("Bunch", (), {"data": pd.DataFrame(x), "target": pd.Series([str(k % 10) for k in range(23)])})
     monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda **kwargs: frame)
     monkeypatch.setattr(sources, "_TRAIN_IMAGES", 20)
+    monkeypatch.setattr(sources, "SYSTEM", tmp_path)
     data = load("fashion-mnist")
     assert (len(data.x_train), len(data.x_test)) == (20, 3)
     assert data.y_test.tolist() == [0, 1, 2]
