@@ -235,7 +235,8 @@ def test_a_data_dir_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         (
             "mnist",
             r"OpenML 554 failed .*no network here.*"
-            r"http://yann.lecun.com/exdb/mnist, put it at .*mnist.npz, with arrays x_train, .*, or the four official .*/mnist/",
+            r"http://yann.lecun.com/exdb/mnist, put it at .*mnist.npz, "
+            r"with arrays x_train, .*, or the four official .*/mnist/",
         ),
         (
             "yacht",
