@@ -85,6 +85,8 @@ def tuning(
     for name, rows in named.items():
         if any(x not in row for row in rows):
             raise ValueError(f"x must be a setting in the table, such as 'kl_weight', got x={x!r}.")
+        if any(not isinstance(row[x], (int, float)) for row in rows):
+            raise ValueError(f"x must be a setting with numbers, such as 'kl_weight', got x={x!r}; pass by={x!r}.")
         pairs = sorted((row[x], row["nll"]) for row in rows if math.isfinite(row["nll"]) and row[x] > 0)
         if pairs:
             curves[name] = pairs
