@@ -199,7 +199,7 @@ def test_a_search_is_drawn_by_law_with_the_lower_envelope_of_its_trials(ax: Any)
 def test_what_is_no_search_is_refused() -> None:
     with pytest.raises(ValueError, match="x must be a setting in the table, such as 'kl_weight', got x='rho'"):
         plots.tuning(trials("", [(1.0, 1.0)]), "rho")
-    with pytest.raises(ValueError, match="x must be a setting with numbers, .* got x='law'; pass by='law'"):
+    with pytest.raises(ValueError, match=r"x must be a setting with numbers, .* got x='law'; pass by='law'"):
         plots.tuning([{"law": "mfvi", "nll": 1.0}], "law")
     with pytest.raises(ValueError, match="tables must hold a trial with a finite nll"):
         plots.tuning(trials("", [(1.0, float("nan"))]))
