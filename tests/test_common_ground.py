@@ -126,6 +126,72 @@ def test_a_prior_is_not_held_to_hang_on_a_latent_after_it_no_longer_does(fast: b
         same(got, taken(ps.SAM_ELBO(ps.Mean(), kl_weight=0.7, fast=False), model, guide, 0))
 
 
+class Switch:
+    """Holds whether something is on, for a model to read."""
+
+    on = False
+
+
+def switched(kind: str) -> tuple[Callable[..., None], Callable[[bool], tuple[Any, dict[str, Any]]]]:
+    """Return a model whose prior on w hangs on a detached latent where it is told so, and what tells it."""
+    switch, table = Switch(), {"on": False}
+    on = False
+
+    def model(x: Tensor, y: Tensor, given: Any = False, **options: Any) -> None:
+        told = given.on if isinstance(given, Switch) else given
+        tied = on or switch.on or table["on"] or told or options.get("tied", False)
+        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(tau.detach() if tied else 0.0, torch.ones(2)).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w + tau, 0.5), obs=y)
+
+    def tell(to: bool) -> tuple[Any, dict[str, Any]]:
+        nonlocal on
+        x, y = X, Y
+        if kind == "closure":
+            on = to
+        elif kind == "attribute":
+            switch.on = to
+        elif kind == "entry":
+            table["on"] = to
+        elif kind == "argument":
+            return (x, y, to), {}
+        elif kind == "number":
+            return (x, y, float(to)), {}
+        elif kind == "keyword":
+            return (x, y), {"tied": True} if to else {}
+        elif kind == "object":
+            given = Switch()
+            given.on = to
+            return (x, y, given), {}
+        return (x, y), {}
+
+    return model, tell
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("there_and_back", [False, True])
+@pytest.mark.parametrize("law", [ps.Mean(), ps.Adversarial(3.0)], ids=repr)
+@pytest.mark.parametrize("kind", ["closure", "attribute", "entry", "argument", "number", "keyword", "object"])
+def test_a_prior_may_come_to_hang_on_a_detached_latent(
+    kind: str, law: ps.Perturbation, there_and_back: bool, fast: bool
+) -> None:
+    model, tell = switched(kind)
+    args, kwargs = tell(False)
+    guide, elbo = ps.MeanFieldNormal(model), ps.SAM_ELBO(law, fast=fast)
+
+    def loss(elbo: ps.SAM_ELBO, seed: int) -> float:
+        pyro.set_rng_seed(seed)
+        return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
+    for seed in range(4):
+        loss(elbo, seed)
+    for to in (True, False, True) if there_and_back else (True,):
+        args, kwargs = tell(to)
+        for seed in range(2):
+            assert loss(elbo, seed) == pytest.approx(loss(ps.SAM_ELBO(law, fast=False), seed), rel=1e-12)
+
+
 class Shrunk(ps.Perturbation):
     """A tenth of a draw, in place or not."""
 

@@ -8,7 +8,7 @@ from what is known ends in :class:`Surprise`, and the step is taken in the ordin
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_sam._base.buffers import Buffers
 from pyro_sam._base.random_state import RandomState, rewound
+from pyro_sam._base.recent import Recent
 from pyro_sam._flat.place import Place, Where
 from pyro_sam._flat.priors import NormalPriors
 from pyro_sam._flat.recorder import Recorder, Surprise
@@ -34,6 +35,8 @@ from pyro_sam._step.passes import Dependence, Loss, Passes, Ran
 from pyro_sam._step.settings import Settings
 from pyro_sam._step.signatures import kind_of_sites, signature_of_sites
 from pyro_sam.perturbation import Perturbation
+
+_VIEWS = 64
 
 
 class FlatPasses(Passes):
@@ -151,12 +154,18 @@ class FlatPasses(Passes):
 
     def _look_up(self, run: Recorder) -> "KnownModel":
         """Return what is known of models with such a run."""
-        key, last = signature_of_sites(run.nodes.values()), self._pair.last_flat
-        if last is not None and last[1] == key and last[0].has_priors(run):
+        key, last, latents = signature_of_sites(run.nodes.values()), self._pair.last_flat, run.latents()
+        # a prior that stands outside of the model hangs on nothing in it, and a single one on no other latent
+        is_free = not latents or len(run.values) == 1
+        view = None if is_free else self._pair.view(self._call)
+        if last is not None and last[1] == key and last[0].has_priors(run) and last[0].was_seen(view):
             return last[0]
         known: KnownModel | None = self._pair.known.get(_kind(run))
-        if known is None or not known.has_all or len(run.values) != len(run.latents()) + len(run.priors()):
+        if known is None or not known.has_all or len(run.values) != len(latents) + len(run.priors()):
             raise Surprise
+        if not known.was_seen(view):
+            raise Surprise
+        known.is_free = is_free
         if not self._pair.valid.get(("flat", key)):
             self._check(run)
             self._pair.valid.put(("flat", key), True)
@@ -183,12 +192,20 @@ class KnownModel:
     Args:
         kl_ignores_noise: Whether its KL was seen not to depend on the noise.
         has_all: Whether it has all the guide's latents, and no site that is summed out.
+        views: What it saw when that was found out.
+        is_free: Whether its priors could hang on no latent the last time.
         priors: Normal priors that were served at one go the last time, and those that it was made from.
     """
 
     kl_ignores_noise: bool
     has_all: bool
+    views: Recent[Hashable, bool] = field(default_factory=lambda: Recent(_VIEWS))
+    is_free: bool = False
     priors: tuple[tuple[Any, ...], NormalPriors] | None = None
+
+    def was_seen(self, view: Hashable) -> bool:
+        """Return whether what is known was found out where the model saw this; None where it does not matter."""
+        return view is None or view in self.views
 
     def has_priors(self, run: Recorder) -> bool:
         """Return whether a run served the priors of the last time."""

@@ -4,8 +4,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pyro_sam._base.random_state import Streams
 from pyro_sam._base.replicas import PerReplica, of_replica
@@ -57,6 +58,13 @@ class Call:
         """Return whether an argument is a tensor: data, most likely."""
         return any(isinstance(arg, Tensor) for arg in (*self.args, *self.kwargs.values()))
 
+    def look(self) -> Hashable:
+        """Return what a model may branch on of its arguments; never the same if that cannot be known."""
+        if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
+            return tuple([arg.shape for arg in self.args])
+        leaves, spec = tree_flatten((self.args, dict(self.kwargs)))
+        return repr(spec), *map(_look_of, leaves)
+
     def objects(self) -> list[Any]:
         """Return the arguments that are neither tensors nor plain values: they may hold anything."""
         if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
@@ -66,6 +74,15 @@ class Call:
             for leaf in tree_leaves((self.args, dict(self.kwargs)))
             if not isinstance(leaf, (Tensor, PerReplica, *PLAIN))
         ]
+
+
+def _look_of(leaf: Any) -> Hashable:
+    """Return what a model may branch on: of data their shape, of a plain value itself, of other things nothing known."""
+    if isinstance(leaf, PerReplica):
+        leaf = leaf.values
+    if isinstance(leaf, Tensor | np.ndarray):
+        return isinstance(leaf, Tensor), tuple(leaf.shape), leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, PLAIN) else object()
 
 
 def _key(function: Any) -> Hashable:

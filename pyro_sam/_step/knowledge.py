@@ -30,8 +30,8 @@ class Pair:
         model: The model.
         guide: The guide.
         valid: Signatures, and settings that the checks depend on, that were looked at.
-        hidden: By kind of a run: what was seen to depend on the noise at other noise.
-        ends: By kind of a guide's run: whether only the values of its sites changed at other noise.
+        hidden: By kind of a run and what it saw: what was seen to depend on the noise at other noise.
+        ends: By kind of a guide's run, likewise: whether only the values of its sites changed at other noise.
         enumeration: How the model is traced.
         plate_sizes: Sizes of plates, as first met.
         known: What flat passes know of the model, by kind of its run: whether they can take it.
@@ -65,6 +65,7 @@ class Pair:
     unmappable: str = ""
     draws: bool | None = None
     _nesting: int | None = None
+    _changes: int = 0
     _surroundings: Surroundings | None = None
     _streams: Streams | None = None
 
@@ -90,12 +91,17 @@ class Pair:
         known: Any = self._surroundings
         return known
 
+    def view(self, call: Call) -> Hashable:
+        """Return what model and guide may branch on: a number for what they see, and the look of their arguments."""
+        return self._changes, call.look()
+
     def surroundings(self, call: Call) -> Surroundings:
         """Return what model and guide can see besides their arguments."""
         known = self._surroundings
         if known is None or not known.is_same():
             roots = [call.model] if isinstance(call.guide, AutoGuide) else [call.model, call.guide]
             self._surroundings = Surroundings(*roots)
+            self._changes += 1
             if known is None or not known.acts_as(self._surroundings):  # say, another layer, which draws otherwise
                 self._streams, self.known, self.last_flat = None, Recent(_LIMIT), None
             known = self._surroundings

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Normal
@@ -23,7 +24,7 @@ from pyro_sam._step.call import Call
 from pyro_sam._step.dependence import are_equal, besides, prior_parameters, reaches
 from pyro_sam._step.handlers import Bookmarks, NoiseMessenger, ReplayMessenger
 from pyro_sam._step.knowledge import Pair
-from pyro_sam._step.loss import data_loss, kl_loss
+from pyro_sam._step.loss import data_loss, kl_loss, latent_sites
 from pyro_sam._step.memory import Average, Layout, flat, version
 from pyro_sam._step.mistakes import inspect
 from pyro_sam._step.passes import Dependence, Loss, Passes, Ran, gradients
@@ -223,7 +224,9 @@ class OrdinaryPasses(Passes):
 
     def hidden_dependence(self, ran: OrdinaryRan, kl: Loss, e: Tensor) -> Dependence:
         """Return what changed at other noise, when such a structure was met for the first time."""
-        key = ran.guide.kind, kind(ran.model), torch.is_grad_enabled()  # without a graph all is hidden
+        one = len(latent_sites(ran.guide.trace)) == 1 == len(latent_sites(ran.model))  # no other latent to hang on
+        view = None if one else self._pair.view(self._call)
+        key = ran.guide.kind, kind(ran.model), torch.is_grad_enabled(), view  # without a graph all is hidden
         known = self._pair.hidden.get(key)
         if known is None:
             with torch.no_grad(), kept_buffers(self._call.modules):
@@ -281,7 +284,8 @@ class OrdinaryPasses(Passes):
 
     def _noise_ends_at_sites(self, run: GuideRun) -> bool:
         """Return whether only the values of the guide's Gaussian sites depend on the noise, as far as is known."""
-        known = self._pair.ends.get(run.kind)
+        key = run.kind, None if isinstance(self._pair.guide, AutoGuide) else self._pair.view(self._call)
+        known = self._pair.ends.get(key)
         if known is False or not run.tracked:
             return False
         here = besides(run.trace, run.sites)
@@ -289,7 +293,7 @@ class OrdinaryPasses(Passes):
             return False
         if known is None:
             elsewhere = self._rerun({name: site.noise + 1 for name, site in run.sites.items()})
-            known = self._pair.ends.put(run.kind, are_equal(here, besides(elsewhere.trace, run.sites)))
+            known = self._pair.ends.put(key, are_equal(here, besides(elsewhere.trace, run.sites)))
         return known
 
     def _rerun(self, noise: Mapping[str, Tensor], *, tracked: bool = False, detach_scale: bool = False) -> GuideRun:

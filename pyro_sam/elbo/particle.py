@@ -134,7 +134,7 @@ class Particle:
         numbers of a training do not depend on which of its steps was the first, before or after an interruption.
         """
         pair = self.pair
-        if self.fast and pair.failures < PATIENCE and (self._is_promising() or not len(pair.known)):
+        if self.fast and pair.failures < PATIENCE and (self._is_promising() or not self._met()):
             start = RandomState.capture(self.call.streams)
             for is_rehearsed in (False, True):
                 if self._is_promising() and (found := self._take_flat(take, start, graph=graph)) is not None:
@@ -172,7 +172,15 @@ class Particle:
         """Return whether any kind of run is known in which the KL at the law's noise is the KL."""
         unused = not isinstance(self.kl_weight, Tensor) and self.kl_weight == 0
         easy = unused or isinstance(self.law, Gaussian)
-        return any(known.has_all and (easy or known.kl_ignores_noise) for known in self.pair.known.values())
+        return any(known.has_all and (easy or known.kl_ignores_noise) for known in self._met())
+
+    def _met(self) -> list[KnownModel]:
+        """Return what is known of runs in which the model saw what it sees now, or where that is nothing to it."""
+        all_known: list[KnownModel] = self.pair.known.values()
+        if all(known.is_free for known in all_known):
+            return all_known
+        view = self.pair.view(self.call)
+        return [known for known in all_known if known.is_free or known.was_seen(view)]
 
     def _flat(self, *, graph: bool) -> FlatPasses | None:
         guide = self.call.guide
@@ -199,7 +207,10 @@ class Particle:
         latents = latent_sites(ran.model).keys()
         has_all = not enumerated_dims(ran.model) and set(ran.guide.sites) == set(latents)
         key = frozenset(kind_of_sites(ran.model.nodes.values()))
-        self.pair.known.put(key, KnownModel(kl_ignores_noise=not sees_noise.kl, has_all=has_all))
+        ignores, old = not sees_noise.kl, self.pair.known.get(key)
+        if old is None or (old.kl_ignores_noise, old.has_all) != (ignores, has_all):
+            old = self.pair.known.put(key, KnownModel(kl_ignores_noise=ignores, has_all=has_all))
+        old.views.put(self.pair.view(self.call), True)
         self.pair.note_streams(before, self.call)
 
     def _vectorised(self, function: Callable[..., object], call: Call) -> Callable[..., object]:
