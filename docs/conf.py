@@ -35,6 +35,7 @@ html_show_sphinx = False
 # Notebooks are shown with the outputs that they were saved with, and run by the tests instead.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # plain CommonMark has no tables
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
