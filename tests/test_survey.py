@@ -18,7 +18,7 @@ import pyro_sam as ps
 from pyro_sam.study import cli
 from pyro_sam.study.survey import problems, studying
 from pyro_sam.study.survey.bsam import BSAM
-from pyro_sam.study.survey.choosing import choose
+from pyro_sam.study.survey.choosing import choose, chosen
 from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
@@ -243,19 +243,35 @@ def test_settings_of_another_study_are_taken_and_the_rest_is_tuned(
     assert [path.name for path in (tmp_path / "tuning").glob("*.log")] == ["digits-60.asam.log"]
 
 
-def test_half_of_the_trials_of_a_law_are_at_zero_and_the_others_go_on_from_their_best(tmp_path: Path) -> None:
-    size = dataclasses.replace(survey_worker.SIZE, trials=12)
+def test_nine_of_sixteen_trials_of_a_law_are_at_zero_and_the_climbs_go_on_from_their_best(tmp_path: Path) -> None:
+    size = dataclasses.replace(survey_worker.SIZE, trials=16)
     draws = Draws(survey_worker.SOURCE)
     choose(Task(METHODS["ascended-previous"], survey_worker.SOURCE, 20), draws.tuning(1), size, tmp_path / "tune.log")
     trials = optuna.load_study(study_name="tune", storage=journal(str(tmp_path / "tune.log"))).trials
-    first, second = trials[:6], trials[6:]
-    assert len(trials) == 12
-    assert all(trial.params["alpha"] == 0 for trial in first)
-    assert len({trial.params["kl_weight"] for trial in first}) == 6
-    best = sorted(first, key=lambda trial: trial.value)[:3]
+    spread, sampled, climbs, last = trials[:6], trials[6:9], trials[9:14], trials[14:]
+    assert len(trials) == 16
+    assert all(trial.params["alpha"] == 0 for trial in [*spread, *sampled])
+    assert len({trial.params["kl_weight"] for trial in [*spread, *sampled]}) == 9
+    best = sorted(spread, key=lambda trial: trial.value)[:5]
     bases = {(trial.params["kl_weight"], trial.params["lr"]) for trial in best}
-    assert {(trial.params["kl_weight"], trial.params["lr"]) for trial in second} == bases
-    assert len({trial.params["alpha"] for trial in second}) == 6
+    assert {(trial.params["kl_weight"], trial.params["lr"]) for trial in climbs} == bases
+    assert len({trial.params["alpha"] for trial in climbs}) == 5
+    assert all(trial.params["alpha"] != 0 for trial in last)
+
+
+def test_a_climb_is_chosen_only_if_clear_of_the_best_zero_by_a_standard_error() -> None:
+    finalists = [{"alpha": 0.0, "lr": 0.1}, {"alpha": 0.0, "lr": 0.2}, {"alpha": 3.0, "lr": 0.1}]
+    plain = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 2.0, 3.0, 4.0]])  # means 3 and 2.5
+    # ahead of the second by .1 +- s on average: the standard error of four is half of the standard deviation
+    clear = plain[1] - torch.tensor([0.09, 0.11, 0.09, 0.11])
+    unclear = plain[1] - torch.tensor([0.5, -0.3, 0.5, -0.3])
+    assert chosen(finalists, torch.stack([*plain, clear]), "alpha") == 2
+    assert chosen(finalists, torch.stack([*plain, unclear]), "alpha") == 1
+    assert chosen(finalists, torch.stack([*plain, plain[1] + 1]), "alpha") == 1
+    assert chosen(finalists, torch.stack([*plain, unclear]), None) == 2  # a method without a zero: the smallest mean
+    lost = torch.full((4,), torch.inf)
+    assert chosen(finalists, torch.stack([lost, lost, unclear]), "alpha") == 2  # no zero ended well
+    assert chosen(finalists[2:], unclear[None], "alpha") == 0
 
 
 def test_the_command_measures_flatness_and_the_effect_of_alpha(finished: Path, monkeypatch: Any) -> None:

@@ -58,12 +58,13 @@ class NormalPriors:
 
         Of replicas each term has shape (R,).
         """
-        terms = []
-        for start, stop, loc, scale, _ in self._now():
-            whole = stop - start == flat.loc.shape[-1]
-            q = [vector if whole else vector[..., start:stop] for vector in (flat.loc, flat.scale)]
-            terms.append(_NormalKL.apply(*q, loc, scale))
-        return terms
+        stretches = self._now()
+        # one split for all: the gradient of a slice would be a whole vector of zeros for each
+        parts = [_split(vector, stretches) for vector in (flat.loc, flat.scale)]
+        return [
+            _NormalKL.apply(loc, scale, each.loc, each.scale)
+            for loc, scale, each in zip(*parts, stretches, strict=True)
+        ]
 
     def _now(self) -> list[_Stretch]:
         # read as numbers where they lie in the host's memory; a capture must see the tensors themselves
@@ -88,6 +89,21 @@ def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
         else:
             found.append(each)
     return found
+
+
+def _split(vector: Tensor, stretches: Sequence[_Stretch]) -> list[Tensor]:
+    """Return the parts of a vector, shape (d,) or (R, d), that stretches name in their order."""
+    sizes, wanted, at = [], [], 0
+    for start, stop, *_ in stretches:
+        if start > at:
+            sizes.append(start - at)
+        wanted.append(len(sizes))
+        sizes.append(stop - start)
+        at = stop
+    if at < vector.shape[-1]:
+        sizes.append(vector.shape[-1] - at)
+    parts = vector.split(sizes, -1) if len(sizes) > 1 else (vector,)
+    return [parts[k] for k in wanted]
 
 
 def _scalars(prior: Any) -> tuple[Tensor, Tensor] | None:

@@ -1,15 +1,18 @@
 """Settings chosen on validation rows: trials side by side, then the best of them again on every tuning split.
 
-A method whose own number may be zero, where it is plain variational inference or a network without a climb, has half
-of its trials there; the other half takes the best settings of the first, with other values of that number.
+A method whose own number may be zero, where it is plain variational inference or a network without a climb, has nine
+of sixteen trials there; the others climb from the best of these. It ends at another number only where that is ahead of
+the best zero by more than one standard error over the tuning splits (the rule of one standard error, Breiman et al.
+1984): what validation rows cannot tell apart is no reason to leave the simpler method.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pyro_sam as ps
 from pyro_sam.study.survey.problems import Problem
@@ -17,8 +20,13 @@ from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
 from pyro_sam.tuning.journal import journal
 
-_SOBOL = 32  # trials of a half that are no choice of the sampler
-_BASES = 3  # settings of the first half that the second goes on from
+_SOBOL = 32  # trials that are no choice of the sampler
+_BASES = 5  # settings at zero that the climbs go on from
+_PHASES = (
+    3 / 8,
+    9 / 16,
+    7 / 8,
+)  # where the parts of a search with a zero end: spread and sampled at zero, climbs; sampled
 
 
 def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> tuple[dict[str, float], float]:
@@ -38,29 +46,65 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         finalists = _search(task, problems[0], size, file)
     pairs = [(settings, problem) for settings in finalists for problem in problems]
     outcomes = train(task, *zip(*pairs, strict=True), num_samples=64, seed=1)
-    found = torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1).mean(1)
-    best = int(found.nan_to_num(math.inf, posinf=math.inf).argmin())
-    return finalists[best], float(found[best])
+    found = torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1)
+    best = chosen(finalists, found.nan_to_num(math.inf, posinf=math.inf), task.method.zero)
+    return finalists[best], float(found[best].mean())
+
+
+def chosen(finalists: Sequence[Mapping[str, float]], nll: Tensor, zero: str | None) -> int:
+    """Return the place of the finalist with the smallest mean, or of the best zero where that is not clear of it.
+
+    Args:
+        finalists: Their settings.
+        nll: Validation NLL, shape ``(finalists, splits)``.
+        zero: The number that may be 0; None for a method without one.
+    """
+    means = nll.mean(1)
+    best = int(means.argmin())
+    zeros = [k for k, settings in enumerate(finalists) if zero and settings[zero] == 0]
+    if best in zeros or not zeros:
+        return best
+    plain = min(zeros, key=lambda k: float(means[k]))
+    ahead = nll[plain] - nll[best]
+    error = float(ahead.std()) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
+    return best if math.isinf(error) or math.isnan(error) or float(ahead.mean()) > error else plain
 
 
 def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
-    """Return the settings of the best trials."""
+    """Return the settings of the best trials; half of them are at zero where the method has one."""
     study, space, zero = _study(file), task.method.distributions(), task.method.zero
-    run, first = _ask if task.method.own else _tune, size.trials // 2 if zero else size.trials
-    if not study.trials:
-        # one fewer: the first trial is plain variational inference, with kl_weight 1 and alpha 0
-        free = {name: space[name] for name in space if name != zero}
-        _enqueue(study, free, [{zero: 0.0} if zero else {}], first, skip=1)
-    run(task, problem, size, study, first)
-    if zero and "second" not in study.user_attrs:
-        study.set_user_attr("second", "half")
-        _enqueue(study, {zero: space[zero]}, _best(study)[:_BASES] or [{}], size.trials - first, skip=0)
+    run = _ask if task.method.own else _tune
+    if not zero:
+        _once(study, "spread", lambda: _enqueue(study, space, [{}], size.trials))
+        run(task, problem, size, study, size.trials)
+        return _best(study.trials)[: size.finalists]
+    from optuna.samplers import PartialFixedSampler
+
+    spread, at_zero, climbs = (max(1, round(size.trials * share)) for share in _PHASES)
+    free, sampler = {name: space[name] for name in space if name != zero}, study.sampler
+    _once(study, "spread", lambda: _enqueue(study, free, [{zero: 0.0}], spread))
+    study.sampler = PartialFixedSampler({zero: 0.0}, sampler)
+    run(task, problem, size, study, spread)
+    run(task, problem, size, study, at_zero)
+    study.sampler = sampler
+    bases = _best(study.trials[:spread])[:_BASES] or [{}]
+    _once(study, "climbs", lambda: _enqueue(study, {zero: space[zero]}, bases, climbs - at_zero, skip=0))
+    run(task, problem, size, study, climbs)
     run(task, problem, size, study, size.trials)
-    return _best(study)[: size.finalists]
+    half, found = size.finalists // 2, _best(study.trials)
+    zeros, others = ([each for each in found if (each[zero] == 0) is is_zero] for is_zero in (True, False))
+    return (zeros[:half] + others)[: size.finalists]
 
 
-def _best(study: Any) -> list[dict[str, float]]:
-    good = sorted((trial for trial in study.trials if trial.values), key=lambda trial: trial.value)
+def _once(study: Any, phase: str, do: Callable[[], None]) -> None:
+    """Do something at a search's first look at a phase, by whichever process that is."""
+    if phase not in study.user_attrs:
+        study.set_user_attr(phase, True)
+        do()
+
+
+def _best(trials: Sequence[Any]) -> list[dict[str, float]]:
+    good = sorted((trial for trial in trials if trial.values), key=lambda trial: trial.value)
     return [dict(trial.params) for trial in good]
 
 
@@ -108,7 +152,7 @@ def _study(file: Path) -> Any:
     )
 
 
-def _enqueue(study: Any, space: dict[str, Any], bases: list[dict[str, float]], number: int, skip: int) -> None:
+def _enqueue(study: Any, space: dict[str, Any], bases: list[dict[str, float]], number: int, skip: int = 1) -> None:
     """Enqueue settings: each of the bases in turn, and what it lacks from a Sobol' sequence, which spreads evenly."""
     from scipy.stats.qmc import Sobol
 

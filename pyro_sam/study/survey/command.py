@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyro_sam.study import arguments
+from pyro_sam.study.allocator import keep_freed_memory
 from pyro_sam.study.output import OutputError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from pyro_sam.study.survey.tables import report
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         records = Records(args.out)
         if not args.report:
