@@ -23,7 +23,7 @@ from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
 from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
-from pyro_sam.study.survey.sensitivity import ALPHAS
+from pyro_sam.study.survey.sensitivity import SWEEPS
 from pyro_sam.study.survey.training import Task, apart, network, train
 from pyro_sam.tuning.journal import journal
 from tests import survey_worker
@@ -274,21 +274,45 @@ def test_a_climb_is_chosen_only_if_clear_of_the_best_zero_by_a_standard_error() 
     assert chosen(finalists[2:], unclear[None], "alpha") == 0
 
 
-def test_the_command_measures_flatness_and_the_effect_of_alpha(finished: Path, monkeypatch: Any) -> None:
+def test_the_command_measures_flatness(finished: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
     words = ["study", "--quick", "--data", "digits-60", "--seeds", "2", "--out", str(finished)]
-    assert cli.main([*words, "--flatness"]) == cli.main([*words, "--sensitivity"]) == 0
-    flat, alphas = (Records(finished).read(name) for name in (FLATNESS, SENSITIVITY))
+    assert cli.main([*words, "--flatness"]) == 0
+    flat = Records(finished).read(FLATNESS)
     assert {tuple(row["settings"].values())[:2] for row in flat} == {(0.01, 0.001)}
     assert all(0 < row["flat"]["lambda_max"] <= row["flat"]["trace"] for row in flat)
-    base = next(row for row in Records(finished).read() if row["method"] == "mfvi")
-    assert {(row["method"], row["alpha"]) for row in alphas} == {
-        (name, alpha) for name in ("ascended", "ascended-previous") for alpha in ALPHAS
-    }
-    assert base["gradients"] == survey_worker.SOURCE.gradients
+    assert "## Flatness at the same kl_weight" in (finished / "study.md").read_text()
+
+
+def test_a_sweep_varies_one_setting_and_keeps_what_was_chosen(
+    finished: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["study", "--quick", "--data", "digits-60", "--seeds", "2", "--out", str(finished)]
+    settings = ["alpha", "init_scale", "batch_size"]
+    assert cli.main([*words, "--sensitivity", *settings]) == 0
+    chosen = {row["method"]: row["settings"] for row in Records(finished).read()}
+    rows = Records(finished).read(SENSITIVITY)
+    for setting in settings:
+        for method in SWEEPS[setting].methods:
+            mine = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+            places = sorted((row["value"], row["seed"]) for row in mine)
+            assert places == [(value, seed) for value in SWEEPS[setting].values for seed in range(2)]
+            kept = {**chosen["mfvi"], "alpha": 3.0} if method == "ascended-previous" else chosen[method]
+            assert all(
+                {**row["settings"], setting: 0} == {**kept, setting: 0} for row in mine if setting != "batch_size"
+            )
+            assert len({row["metrics"]["nll"] for row in mine}) == len(mine)
     text = (finished / "study.md").read_text()
-    assert "## Flatness at the same kl_weight" in text
-    assert "## Test NLL by alpha" in text
+    assert all(f"## Test NLL by {setting}, all other settings as they were chosen" in text for setting in settings)
+    assert all((finished / f"sensitivity_{setting}.png").is_file() for setting in settings)
+    # at the value that was chosen the sweep is the study's run of other weights and noise, trained as long
+    before = (finished / SENSITIVITY).read_text()
+    monkeypatch.setattr("pyro_sam.study.survey.sensitivity.train", lambda *_, **__: pytest.fail("swept again"))
+    assert cli.main([*words, "--sensitivity", "alpha"]) == 0
+    assert (finished / SENSITIVITY).read_text() == before
+    assert cli.main([*words, "--sensitivity", "alhpa"]) == 2
+    assert "--sensitivity must be among alpha, rho" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -81,13 +81,20 @@ def test_a_method_that_is_less_accurate_than_sam_is_named() -> None:
     assert (line["map"], line["sam"]) == ("digits-120", "")
 
 
-def test_alphas_are_paired_with_alpha_zero() -> None:
-    about = {"data": "digits-120", "method": "ascended"}
-    numbers = {0.0: MFVI, 3.0: MAP}
+@pytest.mark.parametrize(("setting", "base", "other"), [("alpha", 0.0, 3.0), ("lr", 0.1, 0.01)])
+def test_values_of_a_setting_are_paired_with_zero_or_the_best(setting: str, base: float, other: float) -> None:
+    # of alpha the zero is worse, and the base all the same; of the learning rate the better one is the base
+    good, bad = (MAP, MFVI) if np.mean(MAP) < np.mean(MFVI) else (MFVI, MAP)
+    numbers = {base: bad, other: good} if setting == "alpha" else {base: good, other: bad}
+    about = {"data": "digits-120", "method": "ascended", "setting": setting}
     rows = [
-        {**about, "alpha": alpha, "seed": seed, "metrics": {"nll": value}}
-        for alpha, each in numbers.items()
-        for seed, value in enumerate(each)
+        {**about, "value": value, "seed": seed, "metrics": {"nll": nll}}
+        for value, each in numbers.items()
+        for seed, nll in enumerate(each)
     ]
-    paired = np.array(MAP) - np.array(MFVI)
-    assert f"{paired.mean():+.3f} ± {stats.sem(paired):.3f}" in sensitivity(rows)
+    paired = np.array(numbers[other]) - np.array(numbers[base])
+    elsewhere = [{**row, "setting": "kappa", "metrics": {"nll": 9.0}} for row in rows]
+    head, _, line = sensitivity([*elsewhere, *rows], setting).splitlines()
+    cells = dict(zip(*([cell.strip() for cell in each.split("|")[3:-1]] for each in (head, line)), strict=True))
+    assert cells[f"{other:g}"] == f"{paired.mean():+.3f} ± {stats.sem(paired):.3f}"
+    assert cells[f"{base:g}"].startswith(f"{np.mean(numbers[base]):.3f} ±")

@@ -45,7 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
            "it has any, and tune only the rest")  # fmt: skip
     option("--data-dir", type=Path, metavar="DIR", help="folder with data files; see `pyro-sam datasets`")
     option("--flatness", action="store_true", help="compare the flatness of some methods at the same settings instead")
-    option("--sensitivity", action="store_true", help="train at several alphas, the rest as chosen for mfvi, instead")
+    option("--sensitivity", nargs="*", metavar="SETTING", help="vary one setting at a time, the rest as the study in "
+           "--out has chosen it, instead [all that are known]")  # fmt: skip
     option("--report", action="store_true", help="train nothing: make tables and figures of the runs that there are")
 
 
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], None]) -> None:
     from pyro_sam.study.survey.flat import at_equal_settings
     from pyro_sam.study.survey.problems import SOURCES, Draws
-    from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY
-    from pyro_sam.study.survey.sensitivity import at_alphas
+    from pyro_sam.study.survey.records import FLATNESS
+    from pyro_sam.study.survey.sensitivity import SWEEPS, sensitivity
     from pyro_sam.study.survey.sizes import SIZES
     from pyro_sam.study.survey.studying import study
 
@@ -100,10 +101,10 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
     if args.flatness:
         for name in data:
             records.add(at_equal_settings(name, size.budget(SOURCES[name]) // 2, size.seeds), FLATNESS)
-    elif args.sensitivity:
+    elif args.sensitivity is not None:
+        settings = _known("--sensitivity", args.sensitivity, SWEEPS) or list(SWEEPS)
         for name in data:
-            draws = Draws(SOURCES[name], args.data_dir, size.test_rows)
-            records.add(at_alphas(records.read(), draws, size.seeds), SENSITIVITY)
+            sensitivity(records, Draws(SOURCES[name], args.data_dir, size.test_rows), settings, size.seeds, say)
     else:
         study(data, methods, size, records, args.data_dir, say, _kept(args.settings_of))
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from pyro_sam.study.survey.records import Records
-from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, values
+from pyro_sam.study.survey.records import SENSITIVITY, Records
+from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, mean_and_error, values
 from pyro_sam.study.survey.tables import data_of, methods_of
 
 _CURVES = ("mfvi", "map", "ascended", "ascended-previous", "variational-sam", "mix-sam", "sam", "bsam")
 
 
 def draw(records: Records) -> list[Path]:
-    """Draw learning curves, paired differences, the trials' NLL and, of three data sets, the critical differences."""
+    """Draw learning curves, paired differences, trials, critical differences of three data sets, and sweeps."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -26,6 +26,9 @@ def draw(records: Records) -> list[Path]:
         ranks = mean_nll(rows)
         if len(ranks) >= 3 and len(ranks.columns) >= 3:
             paths.append(_critical(ranks, out / "critical.png", Figure))
+        swept = records.read(SENSITIVITY)
+        for setting in dict.fromkeys(row["setting"] for row in swept):
+            paths.append(_sensitivity(swept, setting, out / f"sensitivity_{setting}.png", Figure))
     return paths
 
 
@@ -120,3 +123,28 @@ def _critical(frame: Any, path: Path, make: Any) -> Path:
     sp.critical_difference_diagram(ranks, sp.posthoc_nemenyi_friedman(frame), ax=figure.subplots())
     figure.savefig(path, dpi=150)
     return path
+
+
+def _sensitivity(swept: Rows, setting: str, path: Path, make: Any) -> Path:
+    """Draw test NLL over the values of a setting, mean and standard error, with a line for each method."""
+    chosen = [row for row in swept if row["setting"] == setting]
+
+    def draw(axis: Any, name: str) -> None:
+        found, highest = [row for row in chosen if row["data"] == name], []
+        for k, method in enumerate(dict.fromkeys(row["method"] for row in found)):
+            tried = sorted({row["value"] for row in found if row["method"] == method})
+            named = [{**row, "method": f"{row['value']:g}"} for row in found if row["method"] == method]
+            points = [mean_and_error([*values(named, name, f"{value:g}", "nll").values()]) for value in tried]
+            means, errors = zip(*points, strict=True)
+            axis.errorbar(tried, means, yerr=errors, marker=".", capsize=2, color=f"C{k}", label=method)
+            highest += means
+        low, high = min(highest), np.percentile(highest, 75)
+        axis.set(xlabel=setting, ylabel="test NLL")
+        if (high - low) * 4 < max(highest) - low:  # a value that fails would hide the others
+            axis.set_ylim(low - 0.5 * (high - low), high + 2 * (high - low))
+        if setting == "batch_size":
+            axis.set_xscale("log", base=2)
+        elif min(row["value"] for row in found) > 0:
+            axis.set_xscale("log")
+
+    return _grid(data_of(chosen), 3.0, path, make, draw)

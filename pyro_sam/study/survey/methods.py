@@ -80,6 +80,7 @@ class Method:
         """Return the guide of R replicas."""
         replicas = len(numbers["kl_weight"])
         scale = torch.full((replicas,), _INIT_SCALE if self.guide == "learnt" else _POINT_SCALE)
+        scale = numbers.get("init_scale", scale)
         if self.guide == "radius":
             scale = (numbers["rho"] / math.sqrt(num_weights)).clamp_min(_POINT_SCALE)
         asked: Counter[str] = Counter()

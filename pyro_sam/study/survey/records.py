@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ class Records:
         path = self.out / file
         lines = path.read_text().splitlines() if path.is_file() else []
         rows = [row for line in lines if (row := _row(line)) is not None]
-        return list({(row["data"], row["method"], row.get("alpha"), row["seed"]): row for row in rows}.values())
+        key = operator.itemgetter("data", "method", "seed")
+        return list({(*key(row), row.get("setting"), row.get("value")): row for row in rows}.values())
 
     def add(self, rows: list[dict[str, Any]], file: str = RUNS) -> None:
         """Append runs in one piece."""

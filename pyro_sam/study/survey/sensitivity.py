@@ -1,35 +1,104 @@
-"""What alpha alone changes: all other settings are those that were chosen for the baseline."""
+"""What one setting alone changes: all others are those that were chosen for the method."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from pyro_sam.study.survey.methods import METHODS
-from pyro_sam.study.survey.problems import SOURCES, Draws
+from pyro_sam.study.survey.problems import Draws
+from pyro_sam.study.survey.records import SENSITIVITY, Records
 from pyro_sam.study.survey.statistics import BASELINE, Rows
 from pyro_sam.study.survey.training import Task, train
 
-ALPHAS = (-3.0, 0.0, 1.0, 3.0, 10.0)
 
-
-def at_alphas(rows: Rows, draws: Draws, seeds: int) -> list[dict[str, Any]]:
-    """Train the ascended samples at each alpha and seed, all side by side, with the baseline's settings and gradients.
+class Sweep(NamedTuple):
+    """A setting and what it is tried at.
 
     Args:
-        rows: Runs of the study, those of the baseline on this data set among them.
-        draws: The data set.
-        seeds: Number of runs of each.
-    Returns:
-        The records, a run each, with the alpha in the method's name; none without runs of the baseline.
+        methods: Names of the methods that it is tried with.
+        values: Its values.
     """
-    data, found = draws.source.name, []
-    base = [row for row in rows if (row["data"], row["method"]) == (data, BASELINE)]
-    pairs = [(alpha, seed) for alpha in ALPHAS for seed in range(seeds)]
-    problems = draws.final(seeds)
-    for name in ("ascended", "ascended-previous") if base else ():
-        task = Task(METHODS[name], SOURCES[data], base[0]["gradients"])
-        settings = [{**base[0]["settings"], "alpha": alpha} for alpha, _ in pairs]
-        outcomes = train(task, settings, [problems[seed] for _, seed in pairs], num_samples=64, seed=3)
+
+    methods: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+_BOTH = BASELINE, "ascended-previous"
+SWEEPS: dict[str, Sweep] = {
+    "alpha": Sweep(("ascended", "ascended-previous"), (-3.0, 0.0, 1.0, 3.0, 6.0, 10.0, 15.0)),
+    "rho": Sweep(("variational-sam",), (0.0, 1.0, 3.0, 10.0, 30.0)),
+    "kappa": Sweep(("mix-sam",), (0.0, 0.3, 1.0, 3.0, 10.0)),
+    "kl_weight": Sweep(_BOTH, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
+    "lr": Sweep(_BOTH, (0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "init_scale": Sweep(_BOTH, (0.002, 0.005, 0.02, 0.05, 0.1, 0.3)),
+    "batch_size": Sweep(_BOTH, (8, 16, 32, 64)),
+}
+_NUMBERS = {"alpha": 3.0, "rho": 5.0, "kappa": 1.0}  # of a method that was not tuned
+
+
+def sensitivity(
+    records: Records, draws: Draws, settings: Sequence[str], seeds: int, say: Callable[[str], None]
+) -> None:
+    """Do what is left of the sweeps on a data set: each value with each seed, side by side, gradients as in the study.
+
+    Args:
+        records: Runs of the study, whose chosen settings are taken, and where those of the sweeps are kept.
+        draws: The data set.
+        settings: Names of the settings to sweep.
+        seeds: Number of runs of each.
+        say: Called with a line for each sweep that is done, or cannot be.
+    """
+    data = draws.source.name
+    for setting in settings:
+        for name in SWEEPS[setting].methods:
+            with records.claim(data, f"{name}.{setting}") as mine:
+                if not mine or _is_done(records, data, name, setting, seeds):
+                    continue
+                base = _base(records.read(), data, name)
+                if base is None:
+                    say(f"{data}, {name}: no settings of {name} or {BASELINE} to begin from; run the study first")
+                    continue
+                records.add(_sweep(draws, name, setting, base, seeds), SENSITIVITY)
+                say(f"{data}, {name}: {setting}")
+
+
+def _is_done(records: Records, data: str, method: str, setting: str, seeds: int) -> bool:
+    wanted = data, method, setting
+    rows = [row for row in records.read(SENSITIVITY) if (row["data"], row["method"], row["setting"]) == wanted]
+    return {row["seed"] for row in rows} >= set(range(seeds))
+
+
+def _base(rows: Rows, data: str, method: str) -> tuple[dict[str, float], int] | None:
+    """Return the settings chosen for a method, or the baseline's with numbers of our own, and the gradients."""
+    for name in (method, BASELINE):
+        found = next((row for row in rows if (row["data"], row["method"]) == (data, name) and "settings" in row), None)
+        if found:
+            own = {number: _NUMBERS[number] for number in METHODS[method].space}
+            return {**own, **found["settings"]}, found["gradients"]
+    return None
+
+
+def _sweep(
+    draws: Draws, name: str, setting: str, base: tuple[dict[str, float], int], seeds: int
+) -> list[dict[str, Any]]:
+    settings, gradients = base
+    problems, found = draws.final(seeds), []
+    for values, source in _together(draws, setting):
+        pairs = [(value, seed) for value in values for seed in range(seeds)]
+        each = [settings if setting == "batch_size" else {**settings, setting: value} for value, _ in pairs]
+        task = Task(METHODS[name], source, gradients)
+        outcomes = train(task, each, [problems[seed] for _, seed in pairs], num_samples=64, seed=3)
+        about = {"data": draws.source.name, "method": name, "setting": setting}
         found += [
-            {"data": data, "method": name, "alpha": alpha, "seed": seed, "metrics": outcome.metrics}
-            for (alpha, seed), outcome in zip(pairs, outcomes, strict=True)
+            {**about, "value": value, "seed": seed, "settings": mine, "metrics": outcome.metrics}
+            for (value, seed), mine, outcome in zip(pairs, each, outcomes, strict=True)
         ]
     return found
+
+
+def _together(draws: Draws, setting: str) -> list[tuple[tuple[float, ...], Any]]:
+    """Return the values that run side by side, and the data set with its minibatches."""
+    values = SWEEPS[setting].values
+    if setting != "batch_size":
+        return [(values, draws.source)]
+    return [((value,), dataclasses.replace(draws.source, batch_size=int(value))) for value in values]

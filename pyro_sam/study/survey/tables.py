@@ -30,16 +30,18 @@ def _title(name: str) -> str:
     return f"{name} (outside)" if METHODS[name].outside else name
 
 
-def report(rows: Rows, equal: Rows = (), alphas: Rows = ()) -> str:
-    """Return all tables: of the runs, of flatness at equal settings, and of what alpha alone changes."""
+def report(rows: Rows, equal: Rows = (), swept: Rows = ()) -> str:
+    """Return all tables: of the runs, of flatness at equal settings, and of what one setting alone changes."""
     parts = [f"## {data}\n\n{results(rows, data)}\n\n{curves(rows, data)}" for data in data_of(rows)]
     parts += [f"## {data}: ELBO, and under shift\n\n{table}" for data in data_of(rows) if (table := shift(rows, data))]
     parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
     parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
     if equal:
         parts.append(f"## Flatness at the same kl_weight, learning rate and number of steps\n\n{flatness(equal)}")
-    if alphas:
-        parts.append(f"## Test NLL by alpha, other settings as chosen for {BASELINE}\n\n{sensitivity(alphas)}")
+    for setting in dict.fromkeys(row["setting"] for row in swept):
+        parts.append(
+            f"## Test NLL by {setting}, all other settings as they were chosen\n\n{sensitivity(swept, setting)}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,17 +145,20 @@ def flatness(rows: Rows) -> str:
     return _table(lines, ["data", "method", "NLL", *measures])
 
 
-def sensitivity(alphas: Rows) -> str:
-    """Return the mean NLL at ``alpha`` 0, and the paired differences of the other alphas to it."""
-    values_of = sorted({row["alpha"] for row in alphas})
-    heads, lines = ["data", "method", "alpha 0", *(f"{alpha:g}" for alpha in values_of if alpha)], []
-    for data, name in dict.fromkeys((row["data"], row["method"]) for row in alphas):
-        found = [row for row in alphas if (row["data"], row["method"]) == (data, name)]
-        # each alpha as if it were a method, 0 the baseline
-        named = [{**row, "method": f"{row['alpha']:g}"} for row in found]
-        paired = differences(named, data, baseline="0")
-        cells = [_signed(paired.get(f"{alpha:g}")) for alpha in values_of if alpha]
-        lines.append([data, name, _mean(named, data, "0", "nll"), *cells])
+def sensitivity(swept: Rows, setting: str) -> str:
+    """Return the mean NLL at the 0 of a setting, or at its best value, and the paired differences of others to it."""
+    chosen = [row for row in swept if row["setting"] == setting]
+    tried = sorted({row["value"] for row in chosen})
+    heads, lines = ["data", "method", *(f"{value:g}" for value in tried)], []
+    for data, name in dict.fromkeys((row["data"], row["method"]) for row in chosen):
+        found = [row for row in chosen if (row["data"], row["method"]) == (data, name)]
+        # each value as if it were a method, one of them the baseline
+        named = [{**row, "method": f"{row['value']:g}"} for row in found]
+        means = {value: mean_and_error([*values(named, data, f"{value:g}", "nll").values()])[0] for value in tried}
+        base = 0.0 if 0.0 in means else min(tried, key=lambda value: (means[value] != means[value], means[value]))
+        paired = differences(named, data, baseline=f"{base:g}")
+        cells = {value: _signed(paired.get(f"{value:g}")) for value in tried}
+        lines.append([data, name, *({**cells, base: _mean(named, data, f"{base:g}", "nll")}.values())])
     return _table(lines, heads)
 
 
