@@ -208,7 +208,7 @@ def test_an_ensemble_mixes_the_predictions_of_its_members() -> None:
     settings = {"kl_weight": 0.01, "lr": 0.01}
     found = []
 
-    def look(svi: Any) -> None:
+    def look(svi: Any, _: Any) -> None:
         probs = [ps.predict(svi.model, svi.guide, problem.x_out, num_samples=4, replica=r).probs for r in range(5)]
         found.append(ps.metrics.nll(torch.stack(probs).mean(0), problem.y_out))
 

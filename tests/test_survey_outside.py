@@ -441,7 +441,7 @@ def test_laplace_has_the_network_of_map_at_its_mean() -> None:
     source, settings = survey_worker.SOURCE, {"kl_weight": 0.1, "lr": 0.003}
     problem, flat = problems.Draws(source).final(1)[0], []
 
-    def look(svi: Any) -> None:
+    def look(svi: Any, _: Any) -> None:
         flat.append(svi.guide.replica(0).median())
 
     found = [train(Task(METHODS[name], source, 20), [settings], [problem], num_samples=4, look=look)[0].at_mean

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pyro_sam as ps
 from pyro_sam.study import cli, sources
-from pyro_sam.study.survey import flat, networks, rows, sizes
+from pyro_sam.study.survey import flat, networks, rows, sizes, training
 from pyro_sam.study.survey.measuring import Trained, selective_accuracy
 from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.networks import plain_network
@@ -33,6 +33,7 @@ NETWORKS = {
     "mlp": Source("a", "digits", network="mlp", hidden=(5,)),
     "lenet": Source("b", "mnist", network="lenet"),
     "resnet20": Source("c", "cifar10", network="resnet20"),
+    "resnet18": Source("e", "cifar10", network="resnet18"),
     "transformer": Source("d", "digits", network="transformer"),
 }
 
@@ -54,6 +55,22 @@ def random_problem(source: Source, number: int = 6, seed: int = 0) -> Problem:
         ("lenet", 61_706),  # LeCun et al. 1998 with full connections and ten outputs
         # 19 convolutions without biases, their GroupNorms, the last layer: He et al. 2016 have 0.27 million
         ("resnet20", 432 + 6 * 2304 + 4608 + 5 * 9216 + 18_432 + 5 * 36_864 + 2 * (7 * 16 + 6 * 32 + 6 * 64) + 650),
+        # 17 convolutions, their GroupNorms, the last layer: He et al. 2016 have 11 million
+        (
+            "resnet18",
+            *(
+                1728
+                + 4 * 36_864
+                + 73_728
+                + 3 * 147_456
+                + 294_912
+                + 3 * 589_824
+                + 1_179_648
+                + 3 * 2_359_296
+                + 2 * (5 * 64 + 4 * (128 + 256 + 512))
+                + 5130,
+            ),
+        ),
         # tokens, places, per layer attention, ReLU network and two LayerNorms, the last LayerNorm, the last layer
         ("transformer", 288 + 256 + 2 * (4 * 32 * 33 + 64 * 33 + 32 * 65 + 128) + 64 + 330),
     ],
@@ -102,6 +119,58 @@ def test_replicas_of_every_network_start_apart() -> None:
             svi.guide.initialize(problem.x, problem.y)
             first, second = (svi.guide.replica(r).median() for r in range(2))
         assert all(not torch.equal(first[name], second[name]) for name in first if first[name].dim() > 1)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "transformer"])
+def test_a_step_of_the_study_is_all_on_the_device_of_its_problem(name: str) -> None:
+    source, numbers = NETWORKS[name], {"kl_weight": torch.ones(2), "lr": torch.full((2,), 1e-3), "alpha": torch.ones(2)}
+    problem, task = random_problem(source).to("meta"), Task(METHODS["ascended-previous"], source, 10)
+    with pyro.validation_enabled(False), apart(0):
+        svi = task.svi(numbers, problem)
+        loss = task.method.estimator(numbers).differentiable_loss(svi.model, svi.guide, problem.x, problem.y)
+        loss.backward()
+        assert loss.device.type == "meta"
+        assert {each.grad.device.type for each in svi.guide.parameters()} == {"meta"}
+
+
+def test_a_drawn_problem_is_where_it_was_asked_for() -> None:
+    problem = Draws(SOURCES["digits-tuned"], device="meta").final(1)[0]
+    tensors = [problem.x, problem.y, problem.x_out, problem.y_out, *problem.outliers.values(), *(problem.before or ())]
+    assert len(tensors) == 7
+    assert all(tensor.is_meta for tensor in tensors)
+
+
+def test_runs_that_are_too_many_to_run_together_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems_, parts = [random_problem(NETWORKS["resnet18"], seed=k) for k in range(5)], []
+
+    def together(task: Any, settings: Any, problems: Any, *, seed: int, **_: Any) -> list[int]:
+        parts.append((list(settings), list(problems), seed))
+        return [each["n"] for each in settings]
+
+    monkeypatch.setattr(training, "_together", together)
+    settings = [{"n": k} for k in range(5)]
+    task = Task(METHODS["mfvi"], NETWORKS["resnet18"], 10)
+    assert train(task, settings, problems_, num_samples=1, seed=7) == [0, 1, 2, 3, 4]
+    assert parts == [(settings[k : k + 2], problems_[k : k + 2], 7 + k) for k in (0, 2, 4)]
+
+
+def test_autocast_trains_in_bfloat16_and_predicts_about_the_same() -> None:
+    source, settings = (
+        Source("digits-60", "digits", rows=60, validation=60, hidden=(8,)),
+        {"kl_weight": 0.01, "lr": 0.01},
+    )
+    problem, seen = Draws(source).final(1)[0], []
+
+    def look(svi: Any, _: Any) -> None:
+        seen.append(svi.guide.replica(0).median()["0.weight"])
+
+    nll = [
+        train(Task(METHODS["map"], source, 200, on), [settings], [problem], num_samples=1, look=look)[0].metrics["nll"]
+        for on in (False, True)
+    ]
+    assert nll[0] < 1.5
+    assert nll[0] != nll[1] == pytest.approx(nll[0], abs=0.1)
+    assert seen[1].dtype == torch.float32
 
 
 def test_the_norm_of_groups_is_that_of_torch() -> None:

@@ -109,17 +109,18 @@ def _best(trials: Sequence[Any]) -> list[dict[str, float]]:
 
 
 def _tune(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> None:
-    ps.tune(
-        lambda numbers: task.svi(numbers, problem),
-        task.method.distributions(),
-        Minibatches(problem, task.source.batch_size, task.steps, seed=0),
-        ps.Validation((problem.x_out, problem.y_out), num_samples=32, samples_at_once=min(32, task.source.at_once)),
-        num_trials=trials,
-        num_epochs=1,  # the NLL at the end is what counts
-        study=study,
-        max_replicas=size.max_replicas,
-        progress=False,
-    )
+    with task.precision(problem.x.device):
+        ps.tune(
+            lambda numbers: task.svi(numbers, problem),
+            task.method.distributions(),
+            Minibatches(problem, task.source.batch_size, task.steps, seed=0),
+            ps.Validation((problem.x_out, problem.y_out), num_samples=32, samples_at_once=min(32, task.source.at_once)),
+            num_trials=trials,
+            num_epochs=1,  # the NLL at the end is what counts
+            study=study,
+            max_replicas=min(size.max_replicas, task.source.side_by_side),
+            progress=False,
+        )
 
 
 def _ask(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> None:

@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyro_sam.study import arguments
 from pyro_sam.study.allocator import keep_freed_memory
 from pyro_sam.study.output import OutputError
+from pyro_sam.study.tables import DataError
 
 if TYPE_CHECKING:
     from pyro_sam.study.survey.records import Records
@@ -38,6 +40,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--methods", nargs="+", metavar="NAME", default=[], help="methods of the study [all that are installed]")
     option("--seeds", type=arguments.whole, metavar="N", help="number of runs after tuning [that of the size]")
     option("--trials", type=arguments.whole, metavar="N", help="tuning trials of each method [those of the size]")
+    option("--device", default="cpu", metavar="NAME", help="where torch runs it [%(default)s]; under torchrun, cuda is "
+           "a GPU for each process, and the processes share the work")  # fmt: skip
+    option("--autocast", action="store_true", help="train in bfloat16 where torch knows that to be safe")
     option("--gradients", type=arguments.whole, metavar="N", help="gradients of a run [those of data set and size]")
     option("--out", type=Path, default=Path("results/study"), metavar="DIR", help="folder of the study [%(default)s]; "
            "processes with one folder share the work, and a killed study goes on")  # fmt: skip
@@ -75,6 +80,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         records = Records(args.out)
         if not args.report:
             _train(args, records, say)
+        if int(os.environ.get("RANK", "0")):  # the first of torchrun's processes makes the report
+            return 0
         rows = records.read()
         if not rows:
             raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
@@ -94,9 +101,10 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
     from pyro_sam.study.survey.sizes import SIZES
     from pyro_sam.study.survey.studying import study
 
-    given = {"seeds": args.seeds, "trials": args.trials, "equal_budget": args.gradients}
+    given = {"seeds": args.seeds, "trials": args.trials, "equal_budget": args.gradients, "autocast": args.autocast}
     size = dataclasses.replace(SIZES[args.size], **{name: value for name, value in given.items() if value})
-    data = _known("--data", args.data, SOURCES) or list(size.data)
+    size = dataclasses.replace(size, device=_device(args.device))
+    data = _known("--data", args.data, SOURCES) or _there(size.data, args.data_dir, say)
     methods = _methods(args.methods, say)
     if args.flatness:
         for name in data:
@@ -104,9 +112,37 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
     elif args.sensitivity is not None:
         settings = _known("--sensitivity", args.sensitivity, SWEEPS) or list(SWEEPS)
         for name in data:
-            sensitivity(records, Draws(SOURCES[name], args.data_dir, size.test_rows), settings, size.seeds, say)
+            draws = Draws(SOURCES[name], args.data_dir, size.test_rows, size.device)
+            sensitivity(records, draws, settings, size.seeds, say)
     else:
         study(data, methods, size, records, args.data_dir, say, _kept(args.settings_of))
+
+
+def _device(name: str) -> str:
+    """Return the device of this process; under torchrun each has a GPU of its own."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise arguments.UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    local = os.environ.get("LOCAL_RANK")
+    return f"{name}:{local}" if local and device.type != "cpu" and device.index is None else name
+
+
+def _there(names: Sequence[str], data_dir: Path | None, say: Callable[[str], None]) -> list[str]:
+    """Return the data sets of a size that can be had here."""
+    from pyro_sam.study.survey.problems import SOURCES, Draws
+
+    found = []
+    for name in names:
+        try:
+            Draws(SOURCES[name], data_dir).final(1)
+            found.append(name)
+        except DataError as error:
+            say(f"left out {name}: {error}")
+    return found
 
 
 def _kept(folder: Path | None) -> "Records | None":

@@ -130,7 +130,8 @@ def _sensitivity(swept: Rows, setting: str, path: Path, make: Any) -> Path:
     chosen = [row for row in swept if row["setting"] == setting]
 
     def draw(axis: Any, name: str) -> None:
-        found, highest = [row for row in chosen if row["data"] == name], []
+        found = [row for row in chosen if row["data"] == name]
+        highest: list[float] = []
         for k, method in enumerate(dict.fromkeys(row["method"] for row in found)):
             tried = sorted({row["value"] for row in found if row["method"] == method})
             named = [{**row, "method": f"{row['value']:g}"} for row in found if row["method"] == method]

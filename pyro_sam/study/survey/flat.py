@@ -8,7 +8,8 @@ from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.problems import SOURCES, Draws, Problem
 from pyro_sam.study.survey.training import Task, train
 
-_ROWS, _RUNS = 512, 3
+RUNS = 3  # that are measured: what it costs is a good part of a training
+_ROWS = 512
 # what the methods are compared at where only the noise is to differ
 _SHARED = {"kl_weight": 0.01, "lr": 0.001}
 _OWN = {
@@ -43,7 +44,7 @@ def at_equal_settings(data: str, gradients: int, seeds: int) -> list[dict[str, A
             [settings] * seeds,
             problems,
             num_samples=64,
-            look=lambda svi, flat=flat: flat.extend(flatness(svi, problems, 1, seeds)),  # type: ignore[misc]
+            look=lambda svi, part, flat=flat: flat.extend(flatness(svi, part, 1, seeds)),  # type: ignore[misc]
         )
         about = {"data": data, "method": name, "settings": settings}
         rows += [
@@ -52,14 +53,14 @@ def at_equal_settings(data: str, gradients: int, seeds: int) -> list[dict[str, A
     return rows
 
 
-def flatness(svi: Any, problems: Sequence[Problem], members: int, runs: int = _RUNS) -> list[dict[str, float]]:
+def flatness(svi: Any, problems: Sequence[Problem], members: int, runs: int = RUNS) -> list[dict[str, float]]:
     r"""Return :math:`\lambda_{\max}` and trace of the Hessian of the loss per training row, of the first runs.
 
     Args:
         svi: Model and guide, trained.
         problems: Problem of each run.
         members: Replicas of a run.
-        runs: Number of runs that are measured: what it costs is a good part of a training.
+        runs: Number of runs that are measured, the first ones.
     Returns:
         A dict for each run, empty for those that are not measured.
     """

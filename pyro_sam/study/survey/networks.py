@@ -12,7 +12,8 @@ from pyro_sam.study.survey.problems import Problem, Source
 
 _WIDTH, _HEADS, _LAYERS = 32, 4, 2  # of the transformer
 _STEPS_BEFORE = 300  # of a network that is tuned later
-_STAGES, _BLOCKS, _GROUPS = (16, 32, 64), 3, 8  # of the residual network
+_STAGES, _BLOCKS, _GROUPS = (16, 32, 64), 3, 8  # of the residual network of 20 layers
+_WIDE = (64, 128, 256, 512)  # the stages of that of 18
 
 
 def plain_network(source: Source, problem: Problem) -> nn.Module:
@@ -76,6 +77,20 @@ def resnet20(source: Source, problem: Problem) -> nn.Module:
     )
 
 
+def resnet18(source: Source, problem: Problem) -> nn.Module:
+    """Return a residual network of 18 layers with GroupNorm, for small colour images (He et al. 2016, Table 1).
+
+    As is usual for them, it begins with a convolution of 3x3 and without the maximum.
+    """
+    shape, widths = _image(source), [_WIDE[0], *(width for width in _WIDE for _ in range(2))]
+    return nn.Sequential(
+        ChannelsFirst(shape),
+        *(nn.Conv2d(shape[2], _WIDE[0], 3, padding=1, bias=False), GroupNorm(_GROUPS, _WIDE[0]), nn.ReLU()),
+        *(ResidualBlock(*sizes) for sizes in pairwise(widths)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(_WIDE[-1], source.num_outputs)),
+    )
+
+
 def transformer(source: Source, problem: Problem) -> nn.Module:
     """Return a transformer of two layers, LayerNorm first, which reads an image as the sequence of its rows."""
     height, width, channels = _image(source)
@@ -94,7 +109,7 @@ def _image(source: Source) -> tuple[int, int, int]:
 
 
 NETWORKS: dict[str, Callable[[Source, Problem], nn.Module]] = {
-    each.__name__: each for each in (mlp, tuned_mlp, lenet, resnet20, transformer)
+    each.__name__: each for each in (mlp, tuned_mlp, lenet, resnet20, resnet18, transformer)
 }
 
 

@@ -18,7 +18,8 @@ TUNING_SEED = 100  # the first of the tuning splits
 _PUBLISHED = 20  # splits of the UCI sets; the last ones are for tuning
 _IMAGES = {"digits": (8, 8, 1), **dict.fromkeys(("mnist", "mnist-5k", "fashion-mnist"), (28, 28, 1)),
            **dict.fromkeys(("cifar10", "cifar10-subset"), (32, 32, 3))}  # fmt: skip
-_AT_ONCE, _WIDE = {"lenet": 1, "resnet20": 1, "transformer": 8}, 100
+_AT_ONCE, _WIDE = {"lenet": 1, "resnet20": 1, "resnet18": 1, "transformer": 8}, 100
+_SIDE_BY_SIDE = {"lenet": 16, "resnet20": 4, "resnet18": 2, "transformer": 32}
 _FOREIGN = {"mnist": "fashion-mnist", "mnist-5k": "fashion-mnist", "fashion-mnist": "mnist"}
 
 
@@ -73,6 +74,11 @@ class Source:
         return _IMAGES.get(self.base)
 
     @property
+    def side_by_side(self) -> int:
+        """Largest number of runs that are trained together."""
+        return _SIDE_BY_SIDE.get(self.network, 64)
+
+    @property
     def at_once(self) -> int:
         """Largest number of weight samples that run together: large networks gain nothing, and need the memory."""
         return 1 if max(self.hidden) > _WIDE else _AT_ONCE.get(self.network, 64)
@@ -99,6 +105,7 @@ _ALL = (
     Source("mnist-5k-lenet", "mnist-5k", gradients=8000, batch_size=64, network="lenet"),
     Source("cifar-4000", "cifar10-subset", gradients=4000, network="resnet20"),
     Source("cifar", "cifar10", gradients=40_000, batch_size=128, network="resnet20"),
+    Source("cifar-resnet18", "cifar10", gradients=16_000, batch_size=128, network="resnet18"),
     *(Source(name, name, hidden=(50,)) for name in ("boston", "concrete", "energy", "power-plant", "wine", "yacht")),
 )  # fmt: skip
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
@@ -126,6 +133,13 @@ class Problem:
     outliers: Mapping[str, Tensor] = field(default_factory=dict)
     before: tuple[Tensor, Tensor] | None = None
 
+    def to(self, device: str) -> "Problem":
+        """Return it on a device."""
+        outliers = {name: each.to(device) for name, each in self.outliers.items()}
+        before = self.before and (self.before[0].to(device), self.before[1].to(device))
+        x, y, x_out, y_out = (each.to(device) for each in (self.x, self.y, self.x_out, self.y_out))
+        return Problem(x, y, x_out, y_out, self.log_unit, outliers, before)
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -135,11 +149,13 @@ class Draws:
         source: The data set.
         data_dir: Folder with data files.
         test_rows: Largest number of test rows.
+        device: Where the problems are.
     """
 
     source: Source
     data_dir: Path | None = None
     test_rows: int = 2000
+    device: str = "cpu"
 
     def tuning(self, number: int) -> list[Problem]:
         """Return so many tuning splits, which hold out validation rows; test rows have no part."""
@@ -163,7 +179,7 @@ class Draws:
         others = self._left_out(whole)
         outliers = self._outliers(whole, others) if held_out == "test" else {}
         before = (others.x_train, others.y_train) if others else None
-        return Problem(x, y, x_out, y_out, math.log(dataset.y_scale), outliers, before)
+        return Problem(x, y, x_out, y_out, math.log(dataset.y_scale), outliers, before).to(self.device)
 
     def _dataset(self, whole: Dataset, split: int) -> Dataset:
         source = self.source

@@ -1,4 +1,4 @@
-"""How large a study is."""
+"""How large a study is, and on what it runs."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ class Size:
         test_rows: Largest number of test rows.
         data: Data sets, by default.
         equal_budget: Gradients of a run on every data set, in the place of the data set's own; None for those.
+        device: Where it runs.
+        autocast: Whether training runs in bfloat16 where torch knows that to be safe.
     """
 
     gradients: float = 1.0
@@ -34,6 +36,8 @@ class Size:
     test_rows: int = 2000
     data: tuple[str, ...] = ("digits-120", "breast-cancer", "diabetes", "digits")
     equal_budget: int | None = None
+    device: str = "cpu"
+    autocast: bool = False
 
     def budget(self, source: Source) -> int:
         """Return the gradients of a run on a data set."""
@@ -60,6 +64,8 @@ SIZES = {
             "yacht",
             "energy",
             "concrete",
+            "mnist",
+            "cifar-resnet18",
         ),
     ),
 }

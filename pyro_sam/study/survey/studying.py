@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_sam.study.survey.choosing import choose
-from pyro_sam.study.survey.flat import flatness
+from pyro_sam.study.survey.flat import RUNS, flatness
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
 from pyro_sam.study.survey.records import Records
@@ -65,7 +65,7 @@ def _attempt(
     with records.claim(data, method) as mine:
         if not mine or _is_done(records, data, method, size):
             return False
-        began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows)
+        began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows, size.device)
         try:
             chosen = _kept(kept, data, METHODS[method]) or _settings(records, draws, METHODS[method], size)
             if chosen is None:
@@ -89,7 +89,7 @@ def _kept(kept: Records | None, data: str, method: Method) -> tuple[dict[str, fl
 def _settings(records: Records, draws: Draws, method: Method, size: Size) -> tuple[dict[str, float], float] | None:
     data = draws.source.name
     if method.like is None:
-        task = Task(method, draws.source, _gradients(draws, size))
+        task = Task(method, draws.source, _gradients(draws, size), size.autocast)
         return choose(task, draws.tuning(size.tuning_seeds), size, records.tuning(data, method.name))
     rows = [row for row in records.read() if (row["data"], row["method"]) == (data, method.like)]
     if rows and "settings" not in rows[0]:  # else it would be waited for without end
@@ -106,18 +106,17 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Return the records of a run for each seed."""
     members = method.members
-    task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members))
+    task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members), size.autocast)
     flat: list[dict[str, float]] = []
-    problems = draws.final(size.seeds)
     outcomes = train(
         task,
         [settings] * size.seeds,
-        problems,
+        draws.final(size.seeds),
         num_samples=size.num_samples,
         points=size.points,
         seed=2,
         shift=True,
-        look=lambda svi: flat.extend(flatness(svi, problems, members)),
+        look=lambda svi, problems: flat.extend(flatness(svi, problems, members, RUNS - len(flat))),
     )
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
     about |= {"gradients": task.gradients * members}

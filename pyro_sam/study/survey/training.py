@@ -36,16 +36,22 @@ class Task:
         method: The method.
         source: The data set.
         gradients: Gradients of a network of a run.
+        autocast: Whether training runs in bfloat16 where torch knows that to be safe.
     """
 
     method: Method
     source: Source
     gradients: int
+    autocast: bool = False
 
     @property
     def steps(self) -> int:
         """Steps of a run."""
         return max(1, round(self.gradients / self.method.cost))
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """Return the precision of a training on a device, a context."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
 
     def svi(self, numbers: Numbers, problem: Problem) -> SVI:
         """Return an SVI over R replicas.
@@ -154,9 +160,9 @@ def train(
     points: int = 1,
     seed: int = 0,
     shift: bool = False,
-    look: Callable[[SVI], Any] = lambda svi: None,
+    look: Callable[[SVI, Sequence[Problem]], Any] = lambda svi, problems: None,
 ) -> list[Outcome]:
-    """Train a method at each settings on the problem beside it, all side by side.
+    """Train a method at each settings on the problem beside it, as many side by side as the network allows.
 
     Args:
         task: Method, data set and budget.
@@ -166,19 +172,41 @@ def train(
         points: Number of points of the learning curve.
         seed: Of initial weights, noise and minibatches.
         shift: Whether to measure the ELBO, and the metrics under shift.
-        look: Called with the SVI at the end, for more measures.
+        look: Called with an SVI and its problems at the end, for more measures.
     Returns:
         The outcome of each run; its numbers are NaN where it ended so.
     """
+    most = max(1, task.source.side_by_side // task.method.members)
+    options: dict[str, Any] = {"num_samples": num_samples, "points": points, "shift": shift, "look": look}
     if task.method.plain:
         from pyro_sam.study.survey.outside.running import train as outside
 
-        options: dict[str, Any] = {"num_samples": num_samples, "points": points, "shift": shift, "look": look}
         return outside(task, settings, problems, seed=seed, **options)
+    if len(problems) > most:
+        parts = [slice(start, start + most) for start in range(0, len(problems), most)]
+        found = [train(task, settings[part], problems[part], seed=seed + part.start, **options) for part in parts]
+        return [outcome for outcomes in found for outcome in outcomes]
+    return _together(task, settings, problems, seed=seed, **options)
+
+
+def _together(
+    task: Task,
+    settings: Sequence[dict[str, float]],
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    points: int,
+    seed: int,
+    shift: bool,
+    look: Callable[[SVI, Sequence[Problem]], Any],
+) -> list[Outcome]:
     members = task.method.members
     together = [problem for problem in problems for _ in range(members)]
-    numbers = {name: torch.tensor([each[name] for each in settings for _ in range(members)]) for name in settings[0]}
-    num_rows, batch_size = len(problems[0].x), task.source.batch_size
+    num_rows, batch_size, device = len(problems[0].x), task.source.batch_size, problems[0].x.device
+    numbers = {
+        name: torch.tensor([each[name] for each in settings for _ in range(members)], device=device)
+        for name in settings[0]
+    }
     streams = zip(*(_orders(num_rows, batch_size, seed + r) for r in range(len(together))), strict=True)
     outcomes = [Outcome({}, {}) for _ in problems]
     seconds, done = 0.0, 0
@@ -189,19 +217,20 @@ def train(
             until, began = round(k * task.steps / points), process_time()
             for orders in islice(streams, until - done):
                 batches = [(each.x[rows], each.y[rows]) for each, rows in zip(together, orders, strict=True)]
-                step(*map(torch.stack, zip(*batches, strict=True)))
+                with task.precision(device):
+                    step(*map(torch.stack, zip(*batches, strict=True)))
             seconds, done = seconds + process_time() - began, until
-            found = trained.metrics(problems, num_samples if k == points else CURVE_SAMPLES)
-            for outcome, metrics in zip(outcomes, found, strict=True):
+            scores = trained.metrics(problems, num_samples if k == points else CURVE_SAMPLES)
+            for outcome, metrics in zip(outcomes, scores, strict=True):
                 outcome.metrics = metrics
                 outcome.curve.append((round(until * task.method.cost), metrics["nll"]))
         for outcome, metrics in zip(outcomes, trained.metrics(problems, 1, at_mean=True), strict=True):
             outcome.at_mean, outcome.seconds = metrics, seconds / len(problems)
         if shift:
-            found = trained.shift(problems, min(num_samples, CURVE_SAMPLES))
-            for outcome, elbo, metrics in zip(outcomes, trained.elbo(problems), found, strict=True):
+            scores = trained.shift(problems, min(num_samples, CURVE_SAMPLES))
+            for outcome, elbo, metrics in zip(outcomes, trained.elbo(problems), scores, strict=True):
                 outcome.metrics["elbo"], outcome.shift = elbo, metrics
-        look(svi)
+        look(svi, problems)
     return outcomes
 
 

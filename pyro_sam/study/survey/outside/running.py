@@ -51,7 +51,7 @@ def train(
     points: int,
     seed: int,
     shift: bool,
-    look: Callable[[SVI], Any],
+    look: Callable[[SVI, Sequence[Problem]], Any],
 ) -> list[Outcome]:
     """Do what :func:`pyro_sam.study.survey.training.train` does, whose arguments these are, for a method from outside.
 
@@ -78,7 +78,7 @@ def train(
             with run.centred():
                 means.append(plain.values())
     with apart(seed):
-        look(_placed(means, task, settings, problems[0]))
+        look(_placed(means, task, settings, problems[0]), problems)
     return outcomes
 
 
