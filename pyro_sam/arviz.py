@@ -1,6 +1,6 @@
 """The posterior of a trained guide for ArviZ: as plain arrays, or as its InferenceData, which writes netCDF.
 
-The second needs ArviZ: ``pip install pyro-sam[arviz]``.
+The second needs ArviZ: ``pip install "pyro-sam[arviz]"``.
 """
 
 from collections.abc import Callable, Collection
@@ -93,7 +93,7 @@ def to_inference_data(model: Callable[..., Any], guide: Callable[..., Any], *arg
     try:
         import arviz
     except ImportError as error:
-        raise ImportError("to_inference_data needs ArviZ: pip install pyro-sam[arviz]") from error
+        raise ImportError('to_inference_data needs ArviZ: pip install "pyro-sam[arviz]"') from error
     groups = to_dict(model, guide, *args, **settings)
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(groups)

@@ -5,7 +5,7 @@ plate, that of the whole data set; divide by its size for the loss per data poin
 (``space="weight"``, in their own units, the SAM literature's) or of the guide's noise (``space="noise"``, in
 posterior standard deviations); constrained latents are displaced in their unconstrained values.
 
-Eigenvalues are SciPy's (``pip install pyro-sam[flatness]``).
+Eigenvalues are SciPy's (``pip install "pyro-sam[flatness]"``).
 """
 
 from collections.abc import Callable
@@ -120,7 +120,7 @@ def hessian_eigenvalues(
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
-        raise ImportError("hessian_eigenvalues needs SciPy: pip install pyro-sam[flatness]") from error
+        raise ImportError('hessian_eigenvalues needs SciPy: pip install "pyro-sam[flatness]"') from error
     tol, loss = non_negative("tol", tol), Landscape(model, guide, args, space)
     d = len(loss.zero)
     if positive_int("num_eigenvalues", num_eigenvalues) >= d:

@@ -1,6 +1,6 @@
 """How good a posterior predictive is: single numbers, from a :class:`~pyro_sam.Prediction` or from plain tensors.
 
-Accuracy, calibration error, AUROC and squared error are torchmetrics' (``pip install pyro-sam[metrics]``).
+Accuracy, calibration error, AUROC and squared error are torchmetrics' (``pip install "pyro-sam[metrics]"``).
 """
 
 import math
@@ -244,5 +244,5 @@ def _torchmetrics() -> Any:
     try:
         import torchmetrics.functional
     except ImportError as error:
-        raise ImportError("this metric is torchmetrics': pip install pyro-sam[metrics]") from error
+        raise ImportError('this metric needs torchmetrics: pip install "pyro-sam[metrics]"') from error
     return torchmetrics.functional

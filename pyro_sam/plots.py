@@ -1,6 +1,6 @@
 """Pictures of training and of a posterior predictive. All take a matplotlib ``ax`` to draw on, and return it.
 
-They need matplotlib: ``pip install pyro-sam[plots]``.
+They need matplotlib: ``pip install "pyro-sam[plots]"``.
 """
 
 import math
@@ -266,5 +266,5 @@ def _axes(ax: Any) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install pyro-sam[plots]") from error
+        raise ImportError('plots need matplotlib: pip install "pyro-sam[plots]"') from error
     return plt.subplots(layout="constrained")[1]

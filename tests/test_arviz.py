@@ -140,5 +140,5 @@ def test_bad_arguments_are_refused(settings: dict[str, Any], message: str) -> No
 
 def test_without_arviz_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "arviz", None)
-    with pytest.raises(ImportError, match=r"pip install pyro-sam\[arviz\]"):
+    with pytest.raises(ImportError, match=r'pip install "pyro-sam\[arviz\]"'):
         to_inference_data(model, guide_of(), X)

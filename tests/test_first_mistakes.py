@@ -680,6 +680,24 @@ def step_of(model: Any, loss: Any = None) -> Any:
         ),
         (lambda: dist.Normal(0.0, torch.tensor(-1.0)), "satisfy the constraint GreaterThan(lower_bound=0.0)"),
         (lambda: nn.BatchNorm1d(4)(torch.zeros(1, 4)), "Expected more than 1 value per channel when training"),
+        (lambda: ps.fit(None, [], epochs=3), "unexpected keyword argument 'epochs'"),  # type: ignore[arg-type, call-arg]
+        (lambda: ps.fit(make(), print, [], 3), "fit() takes 3 positional arguments"),  # type: ignore[arg-type, misc]
+        (lambda: setattr(ps.SAM_ELBO(ps.Adversarial()).perturbation, "rho", 2.0), "cannot assign to field 'rho'"),
+        (
+            lambda: ps.optim.JointOptim(torch.optim.Adam([torch.zeros(1)])),  # type: ignore[call-arg]
+            "missing 1 required positional argument: 'optim_args'",
+        ),
+        (lambda: step_of(make())().backward(), "'float' object has no attribute 'backward'"),
+        (
+            lambda: ps.SAM_ELBO()(m := make(), ps.MeanFieldNormal(m), torch.zeros(1)),
+            "ELBO.__call__() takes 3 positional arguments",
+        ),
+        (
+            lambda: SVI(m := make(), ps.MeanFieldNormal(m), Adam({"lr": 1e-2}), ps.SAM_ELBO()).step(
+                torch.zeros(N, 2, 2), torch.zeros(N)
+            ),
+            "mat1 and mat2 shapes cannot be multiplied",
+        ),
     ],
 )
 def test_messages_of_others_stand_in_the_page_on_troubleshooting(call: Any, text: str) -> None:

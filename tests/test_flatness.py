@@ -265,5 +265,5 @@ def test_bad_numbers_are_refused(problem: Quadratic) -> None:
 
 def test_without_scipy_the_eigenvalues_say_what_to_install(problem: Quadratic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
-    with pytest.raises(ImportError, match=r"pip install pyro-sam\[flatness\]"):
+    with pytest.raises(ImportError, match=r'pip install "pyro-sam\[flatness\]"'):
         flatness.hessian_eigenvalues(problem.model(), problem.guide())

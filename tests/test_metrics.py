@@ -208,6 +208,6 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
 
 def test_without_torchmetrics_its_metrics_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
-    with pytest.raises(ImportError, match=r"pip install pyro-sam\[metrics\]"):
+    with pytest.raises(ImportError, match=r'pip install "pyro-sam\[metrics\]"'):
         metrics.accuracy(PROBS, Y)
     assert metrics.brier(PROBS, Y) > 0

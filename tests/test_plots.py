@@ -164,7 +164,7 @@ def test_what_cannot_be_drawn_is_refused(call: Any, message: str) -> None:
 
 def test_without_matplotlib_the_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install pyro-sam\[plots\]"):
+    with pytest.raises(ImportError, match=r'pip install "pyro-sam\[plots\]"'):
         plots.training_curves({"loss": [1.0]})
 
 
