@@ -16,7 +16,7 @@ import torch
 
 import pyro_sam as ps
 from pyro_sam.study import cli
-from pyro_sam.study.survey import problems, studying
+from pyro_sam.study.survey import command, problems, studying
 from pyro_sam.study.survey.bsam import BSAM
 from pyro_sam.study.survey.choosing import choose, chosen
 from pyro_sam.study.survey.laws import Antithetic
@@ -80,6 +80,40 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
     assert [each.wait(timeout=120) for each in both] == [0, 0]
     once_each(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_study_and_the_first_makes_the_report(tmp_path: Path) -> None:
+    words = ["study", "--quick", "--data", "digits-120", "--methods", "map", "mfvi", "--trials", "2", "--seeds", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", sys.executable,
+                "-c", "import sys; from pyro_sam.study.cli import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
+    ran = subprocess.run(
+        [*launcher, *words, "--gradients", "20", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("## digits-120\n") == 1
+    found = [(row["method"], row["seed"]) for row in Records(tmp_path).read()]
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert sorted(found) == [("map", 0), ("map", 1), ("mfvi", 0), ("mfvi", 1)]
+    assert len(lines) == 4  # none was run twice
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "--quick", "--device", "gpu", "--out", str(tmp_path)]) == 2
+    assert "--device gpu cannot be used" in capsys.readouterr().err
+
+
+def test_each_process_of_torchrun_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert command._device("cpu") == "cpu"
+    assert command._device("meta") == "meta:3"
+    assert command._device("meta:1") == "meta:1"
+
+
+def test_data_sets_of_a_size_that_cannot_be_had_are_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert command._there(["digits-120", "cifar-resnet18"], tmp_path, said.append) == ["digits-120"]
+    assert said[0].startswith("left out cifar-resnet18: ")
 
 
 def test_a_task_is_claimed_once(tmp_path: Path) -> None:
