@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import plan  # noqa: E402
+from docutils import nodes  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
 
 import pyro_sam  # noqa: E402
 
@@ -80,6 +82,18 @@ def list_more() -> None:
     more = [str(page) for page in found if str(page) not in [*named, "index", "releasing"]]
     lines = ["```{toctree}", ":hidden:", ":caption: More", "", *more, "```", ""]
     (HERE / "_generated" / "more.md").write_text("\n".join(lines))
+
+
+def keep_together(app: Sphinx, doctree: nodes.document) -> None:
+    """Let no line end within a number and its error."""
+    for text in list(doctree.findall(nodes.Text)):
+        if " ± " in text and not isinstance(text.parent, nodes.literal | nodes.literal_block):
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+
+
+def setup(app: Sphinx) -> None:
+    """Say what is done to a page that was read."""
+    app.connect("doctree-read", keep_together)
 
 
 copy_tutorials()
