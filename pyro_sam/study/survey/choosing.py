@@ -1,9 +1,10 @@
 """Settings chosen on validation rows: trials side by side, then the best of them again on every tuning split.
 
-A method whose own number may be zero, where it is plain variational inference or a network without a climb, has nine
-of sixteen trials there; the others climb from the best of these. It ends at another number only where that is ahead of
-the best zero by more than one standard error over the tuning splits (the rule of one standard error, Breiman et al.
-1984): what validation rows cannot tell apart is no reason to leave the simpler method.
+A method whose own number may be zero, where it is plain variational inference or a network without a climb, has three
+quarters of its trials there, the very ones that a method without such a number begins with; the others climb from the
+best of these. It ends at another number only where that is ahead of the best zero by more than one standard error over
+the tuning splits (the rule of one standard error, Breiman et al. 1984): what validation rows cannot tell apart is no
+reason to leave the simpler method.
 """
 
 import math
@@ -22,11 +23,7 @@ from pyro_sam.tuning.journal import journal
 
 _SOBOL = 32  # trials that are no choice of the sampler
 _BASES = 5  # settings at zero that the climbs go on from
-_PHASES = (
-    3 / 8,
-    9 / 16,
-    7 / 8,
-)  # where the parts of a search with a zero end: spread and sampled at zero, climbs; sampled
+_AT_ZERO = 3 / 4  # share of the trials of a method with a zero
 
 
 def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> tuple[dict[str, float], float]:
@@ -71,29 +68,23 @@ def chosen(finalists: Sequence[Mapping[str, float]], nll: Tensor, zero: str | No
 
 
 def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
-    """Return the settings of the best trials; half of them are at zero where the method has one."""
-    study, space, zero = _study(file), task.method.distributions(), task.method.zero
-    run = _ask if task.method.own else _tune
-    if not zero:
-        _once(study, "spread", lambda: _enqueue(study, space, [{}], size.trials))
-        run(task, problem, size, study, size.trials)
-        return _best(study.trials)[: size.finalists]
+    """Return the settings of the best trials; five of eight are at zero where the method has one."""
     from optuna.samplers import PartialFixedSampler
 
-    spread, at_zero, climbs = (max(1, round(size.trials * share)) for share in _PHASES)
+    study, space, zero = _study(file), task.method.distributions(), task.method.zero
+    run, at_zero = _ask if task.method.own else _tune, round(size.trials * _AT_ZERO) if zero else size.trials
     free, sampler = {name: space[name] for name in space if name != zero}, study.sampler
-    _once(study, "spread", lambda: _enqueue(study, free, [{zero: 0.0}], spread))
-    study.sampler = PartialFixedSampler({zero: 0.0}, sampler)
-    run(task, problem, size, study, spread)
+    _once(study, "spread", lambda: _enqueue(study, free, [{zero: 0.0} if zero else {}], at_zero))
+    study.sampler = PartialFixedSampler({zero: 0.0}, sampler) if zero else sampler
     run(task, problem, size, study, at_zero)
-    study.sampler = sampler
-    bases = _best(study.trials[:spread])[:_BASES] or [{}]
-    _once(study, "climbs", lambda: _enqueue(study, {zero: space[zero]}, bases, climbs - at_zero, skip=0))
-    run(task, problem, size, study, climbs)
+    if not zero:
+        return _best(study.trials)[: size.finalists]
+    study.sampler, bases = sampler, _best(study.trials[:at_zero])[:_BASES] or [{}]
+    _once(study, "climbs", lambda: _enqueue(study, {zero: space[zero]}, bases, size.trials - at_zero, skip=0))
     run(task, problem, size, study, size.trials)
-    half, found = size.finalists // 2, _best(study.trials)
+    found, most = _best(study.trials), math.ceil(size.finalists * 5 / 8)
     zeros, others = ([each for each in found if (each[zero] == 0) is is_zero] for is_zero in (True, False))
-    return (zeros[:half] + others)[: size.finalists]
+    return (zeros[:most] + others)[: size.finalists]
 
 
 def _once(study: Any, phase: str, do: Callable[[], None]) -> None:
