@@ -10,6 +10,7 @@ from pyro_sam.study.survey.records import SENSITIVITY, Records
 from pyro_sam.study.survey.statistics import BASELINE, Rows, differences, mean_and_error, values
 from pyro_sam.study.survey.tables import data_of, methods_of
 
+_LINEAR = 0.02  # differences up to this are drawn to scale, larger ones on a logarithmic one
 _CURVES = ("mfvi", "map", "ascended", "ascended-previous", "variational-sam", "mix-sam", "sam", "bsam")
 
 
@@ -79,21 +80,41 @@ def _curves(rows: Rows, path: Path, make: Any) -> Path:
 
 
 def _differences(rows: Rows, path: Path, make: Any) -> Path:
-    methods = [name for name in methods_of(rows) if name != BASELINE]
+    """Draw a row for each data set: the methods' paired differences to the baseline, with two standard errors."""
+    from matplotlib.ticker import FuncFormatter
 
-    def draw(axis: Any, name: str) -> None:
-        found = differences(rows, name)
-        present = [method for method in methods if method in found]
-        means, errors = [found[m].mean for m in present], [2 * found[m].error for m in present]
-        axis.errorbar(means, range(len(present)), xerr=errors, fmt="o", markersize=3)
-        axis.axvline(0, color="grey", linewidth=0.5)
-        span = (max(abs(np.percentile(means, [5, 80]))) * 3 if means else 0) or 1
-        axis.set(xlabel=f"NLL minus {BASELINE}, two s.e.", xlim=(-span, span))
-        axis.locator_params(axis="x", nbins=4)
-        axis.set_yticks(range(len(present)), present)
-        axis.invert_yaxis()
-
-    return _grid(data_of(rows), 0.25 * len(methods) + 0.8, path, make, draw)
+    data, methods = data_of(rows), [name for name in methods_of(rows) if name != BASELINE]
+    found = {name: differences(rows, name) for name in data}
+    figure = make(figsize=(7, 1.2 + (0.22 + 0.09 * len(methods)) * len(data)), layout="constrained")
+    axis = figure.subplots()
+    for k, method in enumerate(methods):
+        places = [i for i, name in enumerate(data) if method in found[name]]
+        drawn = [found[data[i]][method] for i in places]
+        shift = 0.6 * ((k + 0.5) / len(methods) - 0.5)
+        axis.errorbar(
+            [each.mean for each in drawn],
+            [i + shift for i in places],
+            xerr=[2 * each.error for each in drawn],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            color=f"C{k}",
+            label=method,
+        )
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=_LINEAR)
+    axis.set_xticks(
+        [sign * _LINEAR * 10**power / each for sign in (-1, 1) for power in (0, 1) for each in (2, 1)] + [0]
+    )
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
+    axis.set(xlabel=f"test NLL less that of {BASELINE}, mean and two standard errors: left is better")
+    axis.set_yticks(range(len(data)), data)
+    axis.set_ylim(len(data) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    if len(methods) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(methods), 4))
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _trials(records: Records, path: Path, make: Any) -> Path:
