@@ -11,10 +11,13 @@ import math
 import pickle
 import random
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,9 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import pyro_sam as ps
 
@@ -500,6 +504,88 @@ def climbing(start: str) -> Callable[[], World]:
     return lambda: World(regression, law=Climbing(start, in_place=True), plain_law=Climbing(start, in_place=False))
 
 
+class OfClass(ps.Perturbation):
+    """A law whose number is its class's."""
+
+    rho = 0.2
+
+    @classmethod
+    def again(cls) -> "OfClass":
+        cls.rho = 0.2
+        return cls()
+
+    def noise(self, space: Any) -> Tensor:
+        return self.rho * space.direction(space.zeros())
+
+
+class OfGlobal(ps.Perturbation):
+    """A law whose number is a global."""
+
+    @staticmethod
+    def again() -> "OfGlobal":
+        RADIUS["rho"] = 0.2
+        return OfGlobal()
+
+    def noise(self, space: Any) -> Tensor:
+        return RADIUS["rho"] * space.direction(space.zeros())
+
+
+RADIUS = {"rho": 0.2}
+
+
+class InSlot(ps.Perturbation):
+    """A law whose number is in a slot."""
+
+    __slots__ = ("size",)
+
+    def __init__(self) -> None:
+        self.size = 0.2
+
+    def noise(self, space: Any) -> Tensor:
+        return self.size * space.direction(space.zeros())
+
+
+class Counting(ps.Perturbation):
+    """A law that counts its steps, and climbs less and less."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def noise(self, space: Any) -> Tensor:
+        self.steps += 1
+        return space.direction(space.zeros()) / self.steps
+
+
+class Remembering(ps.Perturbation):
+    """A law that keeps an average of its gradients, in place."""
+
+    def __init__(self) -> None:
+        self.average: Any = None
+        self.seen: list[int] = []
+
+    def noise(self, space: Any) -> Tensor:
+        u = space.gradient(space.zeros())
+        self.average = torch.zeros_like(u) if self.average is None else self.average
+        self.seen.append(len(self.seen))
+        return self.average.mul_(0.5).add_(u / (1e-9 + u.norm())).clone() / len(self.seen)
+
+
+class Drawing(ps.Perturbation):
+    """A law with a random stream of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def noise(self, space: Any) -> Tensor:
+        e = space.direction(space.zeros())
+        return e + 0.1 * torch.randn(e.shape, dtype=e.dtype, generator=self.generator)
+
+
+def hidden_by_a_set() -> World:
+    names: set[str] = set()
+    return simple(settings={"hide": names.__contains__}, knobs=Knobs(names=names))
+
+
 # ---- settings
 
 NOT_FOR_MEAN = {"previous": "scale_gradient='mean' is for ascent='fresh'"}
@@ -534,6 +620,14 @@ SETTINGS = [
         lambda: simple(Unhashable(0.2)),
         lambda world: setattr(world.elbo.perturbation, "rho", 1.5),
     ),
+    Scenario("own law's class annealed", lambda: simple(OfClass.again()), lambda world: setattr(OfClass, "rho", 1.5)),
+    Scenario(
+        "a global that a law reads annealed", lambda: simple(OfGlobal.again()), lambda world: RADIUS.update(rho=1.5)
+    ),
+    Scenario("own law's slot annealed", lambda: simple(InSlot()), lambda world: setattr(world.law, "size", 1.5)),
+    Scenario("own law that counts its steps", lambda: simple(Counting()), nothing, tells=False),
+    Scenario("own law that remembers", lambda: simple(Remembering()), nothing, tells=False),
+    Scenario("own law that draws by itself", lambda: simple(Drawing()), nothing, tells=False),
     Scenario("kl_weight annealed", simple, assign(kl_weight=0.25), assign(kl_weight=0.7)),
     Scenario("kl_weight zero and back", simple, assign(kl_weight=0.0), assign(kl_weight=1.0)),
     Scenario("kl_weight from zero", lambda: simple(settings={"kl_weight": 0.0}), assign(kl_weight=1.0)),
@@ -547,6 +641,7 @@ SETTINGS = [
     ),
     Scenario("hide a site", simple, assign(hide=frozenset({"b"})), assign(hide=frozenset())),
     Scenario("hide by a predicate", simple, assign(hide=lambda name: name == "w")),
+    Scenario("hide by a predicate that changes", hidden_by_a_set, lambda world: world.knobs.names.add("b")),
     Scenario(
         "num_particles",
         simple,
@@ -929,6 +1024,176 @@ MODULES = [
         registered_network,
         on_module(lambda net: setattr(net, "weight", nn.Parameter(torch.ones(1, 2)))),
     ),
+]
+
+# ---- where a model looks its numbers up
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 0.5
+
+
+class Inherited:
+    scale = 0.5
+
+
+class Heir(Inherited):
+    def __init__(self) -> None:
+        Inherited.scale = 0.5
+
+
+class Behind:
+    """A number behind a property and the like, in a place that the model itself does not name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, PLACE["scale"] = name, 0.5
+
+    @property
+    def scale(self) -> float:
+        return _looked_up()
+
+
+PLACE = {"scale": 0.5}
+NAMESPACE: Any = ModuleType("users_settings")
+CONTEXT: ContextVar[float] = ContextVar("scale")
+
+
+class Attributed(dict[str, Any]):
+    """A dictionary with an attribute."""
+
+
+def _looked_up() -> float:
+    return PLACE["scale"]
+
+
+def _with_attribute() -> Any:
+    _looked_up.scale = 0.5  # type: ignore[attr-defined]
+    return _looked_up
+
+
+def _in_namespace() -> Any:
+    NAMESPACE.scale = 0.5
+
+
+def _in_context() -> Any:
+    CONTEXT.set(0.5)
+
+
+def _cached() -> Any:
+    PLACE["scale"] = 0.5
+    return lru_cache(_looked_up)
+
+
+def _uncache(knobs: Any) -> None:
+    PLACE["scale"] = 2.0
+    knobs.cache_clear()
+
+
+def _attributed() -> Any:
+    made = Attributed()
+    made.scale = 0.5
+    return made
+
+
+def reading(make: Callable[[], Any], scale: Callable[[Any], Any]) -> Callable[[], World]:
+    """Return a builder of a regression that looks its noise up somewhere."""
+
+    def build() -> World:
+        knobs = make()
+
+        def model(x: Tensor, y: Tensor) -> None:
+            observe(x, y, product(x, two_weights()), scale(knobs))
+
+        return World(model, knobs=knobs)
+
+    return build
+
+
+def turn(function: Callable[[Any], Any]) -> Change:
+    return lambda world: function(world.knobs)
+
+
+class Sampled(PyroModule):
+    """A layer of Pyro's own kind, its weight a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = PyroModule[nn.Linear](2, 1, bias=False)
+        self.layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        observe(x, y, self.layer(x).squeeze(-1))
+
+
+def other_sample(world: World) -> None:
+    world.model.layer.weight = PyroSample(dist.Normal(0.5, 3.0).expand([1, 2]).to_event(2))  # type: ignore[attr-defined]
+
+
+def learn_closed_over(world: World) -> None:
+    world.knobs.requires_grad_()
+    before = world.leaves
+    world.leaves = lambda: {**before(), "closed over": world.knobs}  # type: ignore[method-assign]
+
+
+def global_hook(world: World) -> None:
+    def louder(module: nn.Module, args: Any, output: Any) -> Any:
+        return 1.5 * output if isinstance(module, nn.Tanh) else None
+
+    world.knobs.handle = register_module_forward_hook(louder)
+
+
+LOOKED_UP = [
+    Scenario("a slot", reading(Slotted, lambda k: k.scale), turn(lambda k: setattr(k, "scale", 2.0))),
+    Scenario(
+        "an attribute of a base class",
+        reading(Heir, lambda k: k.scale),
+        turn(lambda k: setattr(Inherited, "scale", 2.0)),
+    ),
+    Scenario(
+        "a global behind a property",
+        reading(lambda: Behind("property"), lambda k: k.scale),
+        turn(lambda k: PLACE.update(scale=2.0)),
+    ),
+    Scenario(
+        "an attribute of a function",
+        reading(_with_attribute, lambda k: k.scale),
+        turn(lambda k: setattr(k, "scale", 2.0)),
+    ),
+    Scenario(
+        "a module of settings",
+        reading(_in_namespace, lambda k: NAMESPACE.scale),
+        turn(lambda k: setattr(NAMESPACE, "scale", 2.0)),
+    ),
+    Scenario(
+        "a context variable", reading(_in_context, lambda k: CONTEXT.get()), turn(lambda k: CONTEXT.set(2.0) and None)
+    ),
+    Scenario("a function with a cache", reading(_cached, lambda k: k()), turn(_uncache)),
+    Scenario(
+        "a dictionary of the user's own kind",
+        reading(_attributed, lambda k: k.scale),
+        turn(lambda k: setattr(k, "scale", 2.0)),
+    ),
+    Scenario(
+        "a UserDict",
+        reading(lambda: UserDict(scale=0.5), lambda k: k["scale"]),
+        turn(lambda k: k.update(scale=2.0)),
+    ),
+    Scenario(
+        "a large array",
+        reading(lambda: np.full(20_000, 0.5), lambda k: float(k.mean())),
+        turn(lambda k: k.fill(2.0)),
+    ),
+    Scenario("a tensor that comes to require grad", reading(lambda: torch.tensor(0.5), lambda k: k), learn_closed_over),
+    Scenario(
+        "a PyroSample",
+        lambda: World(Sampled()),
+        other_sample,
+        not_for={"vectorised": "torch's linear layer takes one weight"},
+    ),
+    Scenario("a hook of all modules", layers(), global_hook, lambda world: world.knobs.handle.remove()),
 ]
 
 # ---- priors
@@ -1732,6 +1997,7 @@ GUARDED = {
     "handlers around a step reach its sites": HANDLERS,
     "parameters are looked up, frozen and given gradients as in an ordinary step": PARAMETERS,
     "a module's layers, buffers, modes, hooks and attributes are those of now": MODULES,
+    "what the model looks up anywhere is what is there now": LOOKED_UP,
     "priors are those of this run: scaled, masked, of this family, on these latents": PRIORS,
     "arguments are told apart by type, value, layout and identity": ARGUMENTS,
     "precision and autocast are those of now": DTYPES,

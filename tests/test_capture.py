@@ -14,7 +14,7 @@ from pyro.optim import Adam
 from torch import nn
 
 import pyro_sam as ps
-from pyro_sam._graph import lowering
+from pyro_sam._graph import lowering, replay
 
 X = torch.linspace(-1, 1, 24).reshape(12, 2).double()
 Y = (torch.sin(3 * X.sum(-1)) > 0).long()
@@ -398,3 +398,41 @@ def test_a_step_captured_right_after_a_state_was_loaded_climbs_along_it(replayed
         still = ps.SAM_ELBO(ps.Adversarial(2.0), ascent="previous").loss_and_grads(model, guide, X, Y)
         assert abs(losses[-1][0] - still) > 1e-3  # without a state it would not climb
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.usefixtures("replayed")
+def test_second_derivatives_of_a_captured_step_are_refused() -> None:
+    _, model, guide = problem()
+    loss = ps.SAM_ELBO(ps.Adversarial(0.5), compile=True).differentiable_loss(model, guide, X, Y)
+    with pytest.raises(RuntimeError, match="has no second derivatives; take the loss with compile=False"):
+        torch.autograd.grad(loss, list(guide.parameters()), create_graph=True)
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("change", ["rho", "rows"])
+def test_captures_that_are_of_no_use_end(
+    change: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = []
+    right = replay.capture
+    monkeypatch.setattr(replay, "capture", lambda *args: taken.append(1) or right(*args))
+    _, model, guide = problem(dropout=0.0)
+    elbo = ps.SAM_ELBO(ps.Adversarial(0.5), compile=True)
+    for k in range(24):
+        if change == "rho":
+            elbo.perturbation = ps.Adversarial(0.5 + 0.01 * k)
+        rows = torch.arange(12 if change == "rho" else k + 2) % 12
+        elbo.loss_and_grads(model, guide, X[rows], Y[rows])
+    assert len(taken) == 16
+    assert [message for message in caplog.messages if "none of its last captures was of use again" in message]
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.usefixtures("replayed")
+def test_a_coin_between_laws_leaves_the_remembered_gradients_as_an_ordinary_step_does() -> None:
+    law = ps.Mixture([ps.Gaussian(), ps.Adversarial(0.5)], [0.5, 0.5])
+    losses, values, _ = trained(True, law, ascent="previous")
+    want = trained(False, law, ascent="previous", fast=False)
+    assert losses == pytest.approx(want[0], rel=1e-9)
+    for name, value in values.items():
+        torch.testing.assert_close(value, want[1][name], rtol=1e-9, atol=1e-9)

@@ -180,3 +180,94 @@ def test_a_count_that_a_captured_model_reads_is_found(monkeypatch: pytest.Monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(ps.SAM_ELBO(ps.Mean(), compile=True), 4, Counting(matters=False))
+
+
+def with_outer(outer: Callable[[], Tensor], make: Callable[..., ps.SAM_ELBO], steps: int = 4) -> list[Tensor | None]:
+    """Return the gradients of ``outer``'s leaf step by step, where a model reads what it returns."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    seen = {"scale": leaf}
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1), seen["scale"].exp()), obs=y.to(x))
+
+    guide, elbo, found = ps.MeanFieldNormal(model).initialize(X, Y), make(ps.MixSAM(0.5)), []
+    for _ in range(steps):
+        seen["scale"] = outer(leaf)
+        leaf.grad = None
+        elbo.loss_and_grads(model, guide, X, Y)
+        found.append(None if leaf.grad is None else leaf.grad.clone())
+    return found
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("outer", [lambda leaf: leaf, lambda leaf: 2 * leaf.sin() + 0.1], ids=["leaf", "its own graph"])
+def test_a_tensor_that_the_model_holds_gets_its_gradient_once(
+    outer: Any, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
+    watched = with_outer(outer, lambda law: ps.SAM_ELBO(law, compile=compile))
+    ordinary = with_outer(outer, lambda law: ps.SAM_ELBO(law, fast=False))
+    torch.testing.assert_close(watched, ordinary, rtol=1e-9, atol=1e-9)
+
+
+def test_an_argument_with_a_graph_of_its_own_is_climbed_once() -> None:
+    found = []
+    for fast in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, encoder = network(), nn.Linear(3, 3, dtype=torch.float64)
+        guide, elbo = ps.MeanFieldNormal(model).initialize(X, Y), ps.SAM_ELBO(ps.MixSAM(0.5), fast=fast)
+        for _ in range(4):
+            elbo.loss_and_grads(model, guide, encoder(X), Y)
+        found.append(encoder.weight.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_hook_that_trains_as_gradients_come_is_called_once_a_step() -> None:
+    pyro.clear_param_store()
+    model, called = network(), list[int]()
+    guide, elbo = ps.MeanFieldNormal(model).initialize(X, Y), ps.SAM_ELBO(ps.MixSAM(0.5))
+    parameter = next(iter(guide.parameters()))
+    parameter.register_post_accumulate_grad_hook(lambda p: called.append(1))
+    for _ in range(5):
+        elbo.loss_and_grads(model, guide, X, Y)
+    assert len(called) == 5
+
+
+class Fading(ps.Perturbation):
+    """A law that holds all kinds of things, and changes them."""
+
+    def __init__(self) -> None:
+        self.steps, self.seen, self.average = 0, [0.0], torch.zeros(())
+        self.generator = torch.Generator().manual_seed(3)
+
+    def noise(self, space: Any) -> Tensor:
+        self.steps += 1
+        self.seen.append(torch.rand((), generator=self.generator).item())
+        self.average.add_(self.seen[-1])
+        return (self.average / self.steps + len(self.seen)) * space.direction(space.zeros()) / self.steps
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_law_that_changes_is_asked_once_a_step(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "compiled", lambda graph, inputs: graph)
+    law, same_law = Fading(), Fading()
+    watched = trained(ps.SAM_ELBO(law, compile=compile))
+    same(watched, trained(ps.SAM_ELBO(same_law, fast=False)), 1e-9)
+    assert law.steps == same_law.steps == 9
+    assert law.seen == same_law.seen
+    assert law.average == same_law.average
+
+
+def test_a_law_is_put_back_where_a_shortened_step_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kl(monkeypatch)
+    law, same_law = Fading(), Fading()
+    with pytest.warns(UserWarning, match="A shortened step gave other numbers"):
+        trained(ps.SAM_ELBO(law))
+    trained(ps.SAM_ELBO(same_law, fast=False))
+    assert law.steps == same_law.steps
+    assert law.seen == same_law.seen

@@ -46,7 +46,7 @@ class RandomState:
             owners.append(random)
         if streams.numpy:
             owners.append(np.random)
-        return cls(torch.get_rng_state(), cuda, tuple((owner, _state(owner)) for owner in owners))
+        return cls(torch.get_rng_state(), cuda, tuple((owner, state_of(owner)) for owner in owners))
 
     def fingerprint(self) -> tuple[bytes, ...]:
         """Return what tells torch's states from others."""
@@ -58,12 +58,12 @@ class RandomState:
         for device, state in enumerate(self.cuda):
             torch.cuda.set_rng_state(state, device)
         for owner, state in self.others:
-            _set_state(owner, state)
+            set_state_of(owner, state)
 
     def moved(self, since: "RandomState") -> Streams:
         """Return which streams that both states know are no longer where they were."""
         before = {id(owner): state for owner, state in since.others}
-        moved = [owner for owner, state in self.others if not _same(state, before[id(owner)])]
+        moved = [owner for owner, state in self.others if not same_state(state, before[id(owner)])]
         own = tuple(each for each in moved if each is not random and each is not np.random)
         return Streams(
             python=any(each is random for each in moved), numpy=any(each is np.random for each in moved), own=own
@@ -97,7 +97,8 @@ def _accelerators() -> list[Any]:
     return found
 
 
-def _state(owner: Any) -> Any:
+def state_of(owner: Any) -> Any:
+    """Return the state of a random stream, or of a device's."""
     if isinstance(owner, torch.Generator):
         return owner.get_state()
     if isinstance(owner, np.random.Generator):
@@ -109,7 +110,8 @@ def _state(owner: Any) -> Any:
     return owner.get_rng_state()
 
 
-def _set_state(owner: Any, state: Any) -> None:
+def set_state_of(owner: Any, state: Any) -> None:
+    """Put a random stream into a state."""
     if isinstance(owner, np.random.Generator):
         owner.bit_generator.state = state
     elif isinstance(owner, random.Random) or owner is random:
@@ -120,9 +122,10 @@ def _set_state(owner: Any, state: Any) -> None:
         owner.set_rng_state(state)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_state(a: Any, b: Any) -> bool:
+    """Return whether two states are one."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(a == b)

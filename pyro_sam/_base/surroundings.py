@@ -8,8 +8,9 @@ import collections
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ _FOREIGN = frozenset({"torch", "pyro", "numpy", "pyro_sam", *sys.stdlib_module_n
 _LIMIT = 2000  # things looked at
 _LONG = 256  # entries of a collection
 _SMALL = 1 << 16  # bytes of an array
+_SAMPLE = 4096  # elements of a larger one
 
 
 class _Part(NamedTuple):
@@ -44,12 +46,14 @@ class Surroundings:
         roots: The functions and objects.
     Attributes:
         modules: The torch modules among it.
+        tensors: The tensors among it, those that modules hold aside.
         generators: The random streams among it.
     """
 
     def __init__(self, *roots: Any) -> None:
         self.modules: list[nn.Module] = []
         self.generators: list[Any] = []
+        self.tensors: list[Tensor] = []
         self._parts: dict[int, _Part] = {}  # by what they belong to
         self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
         self._seen: dict[int, Any] = {}
@@ -69,7 +73,7 @@ class Surroundings:
             besides: Another look that was just found to be the same: what both hold is not looked at again.
         """
         parts = self._parts.values() if besides is None else self._not_in(besides)
-        return all(map(_is_part_same, parts)) and all(a.tobytes() == content for a, content in self._arrays)
+        return all(map(_is_part_same, parts)) and all(_content(a) == known for a, known in self._arrays)
 
     def _not_in(self, other: "Surroundings") -> list[_Part]:
         """Return the parts that another look does not hold, or holds with other values."""
@@ -123,33 +127,44 @@ class Surroundings:
         if not foreign:
             self._todo += [vars(item)[name] for name in names if name is not _NEW and name not in _INTERNAL]
             self._todo.append(type(item))
+        if priors := vars(item).get("_pyro_samples"):  # of Pyro's PyroModule
+            self._todo.append(priors)
 
     def _visit_tensor(self, item: Tensor) -> None:
-        """A tensor is seen where it is used."""
+        """What is in a tensor is seen where it is used."""
+        self.tensors.append(item)
+        self._watch(lambda: [item.requires_grad, item.dtype])
 
     def _visit_array(self, item: Any) -> None:
-        if item.nbytes <= _SMALL:
-            self._arrays.append((item, item.tobytes()))
+        self._arrays.append((item, _content(item)))
 
-    def _visit_method(self, item: MethodType) -> None:
-        self._todo += [item.__self__, item.__func__]
+    def _visit_method(self, item: Any) -> None:
+        self._todo += [item.__self__, getattr(item, "__func__", None)]
 
     def _visit_partial(self, item: Any) -> None:
         self._watch(lambda: [item.func, *item.args, *item.keywords.values()])
 
+    def _visit_descriptor(self, item: Any) -> None:
+        """Look behind a property, a static method and the like, at the functions in it."""
+        self._todo += [getattr(item, name, None) for name in _BEHIND]
+
+    def _visit_context_variable(self, item: ContextVar[Any]) -> None:
+        self._watch(lambda: [item.get(None)])
+
     def _visit_function(self, item: FunctionType) -> None:
         if not _is_foreign(item.__module__) or item.__closure__:
-            cells, names = _cells(item), _global_names(item)
+            cells, places = _cells(item), _global_places(item)
 
             def put(i: int, value: Any) -> None:
                 if i < len(cells):
                     cells[i].cell_contents = value
-                elif i < len(cells) + len(names):
-                    item.__globals__[names[i - len(cells)]] = value
+                elif i < len(cells) + len(places):
+                    owner, name = places[i - len(cells)]
+                    owner[name] = value
 
-            self._watch(functools.partial(_of_function, item, cells, names), put)
+            self._watch(functools.partial(_of_function, item, cells, places), put)
 
-    def _visit_dict(self, item: dict[Any, Any]) -> None:
+    def _visit_dict(self, item: Any) -> None:
         keys = list(item)
         self._watch_entries(item, lambda: list(item.values()), lambda i, value: item.__setitem__(keys[i], value))
 
@@ -162,13 +177,21 @@ class Surroundings:
     def _visit_type(self, item: type) -> None:
         if not _is_foreign(item.__module__):
             self._watch(lambda: list(vars(item).values()))
+            self._todo += item.__bases__
 
     def _visit_object(self, item: Any) -> None:
-        if hasattr(item, "__dict__"):
-            self._watch(lambda: list(vars(item).values()), _put_into(vars(item), list(vars(item))))
+        names = [*getattr(item, "__dict__", ()), *slots(type(item))]
+
+        def put(i: int, value: Any) -> None:
+            object.__setattr__(item, names[i], value)
+
+        if names:
+            self._watch(lambda: [*getattr(item, "__dict__", {}).values(), *_inslots(item)], put)
         self._todo.append(type(item))
 
     def _watch_entries(self, item: Any, read: Callable[[], list[Any]], put: Any) -> None:
+        if not _is_foreign(type(item).__module__):  # a user's own kind of collection has attributes, too
+            self._visit_object(item)
         self._watch(*((lambda: [len(item)], None) if len(item) > _LONG else (read, put)))
 
     def _watch(self, read: Callable[[], list[Any]], put: Callable[[int, Any], None] | None = None) -> None:
@@ -176,18 +199,22 @@ class Surroundings:
         self._todo += part.known
 
     def _add(self, part: _Part) -> None:
-        self._parts[id(self._visited)] = part
+        key = id(self._visited)
+        self._parts[key if key not in self._parts else -key] = part  # a user's own collection has two
 
     _VISITS: tuple[tuple[Any, Any], ...] = (
         (nn.Module, _visit_module),
         (Tensor, _visit_tensor),
         (np.ndarray, _visit_array),
-        (MethodType, _visit_method),
+        ((MethodType, BuiltinMethodType), _visit_method),
         (functools.partial, _visit_partial),
         (FunctionType, _visit_function),
-        (dict, _visit_dict),
+        (ContextVar, _visit_context_variable),
+        ((property, staticmethod, classmethod, functools.cached_property), _visit_descriptor),
+        (functools._lru_cache_wrapper, _visit_descriptor),
+        ((dict, collections.UserDict), _visit_dict),
         (list, _visit_list),
-        ((tuple, set, frozenset, collections.deque), _visit_entries),
+        ((tuple, set, frozenset, collections.deque, collections.UserList), _visit_entries),
         (type, _visit_type),
         ((Messenger, Distribution, Transform, SimpleNamespace, argparse.Namespace), _visit_object),
     )
@@ -217,6 +244,30 @@ def _alike(value: Any, known: Any) -> bool:
     return isinstance(value, PLAIN) and bool(value == known)
 
 
+_BEHIND = ("fget", "func", "__func__", "__wrapped__")
+
+
+def slots(kind: type) -> Iterator[str]:
+    """Yield the names of the attributes that objects of a kind have outside of their dictionary."""
+    for each in kind.__mro__:
+        if not _is_foreign(each.__module__):
+            slots = vars(each).get("__slots__", ())
+            yield from (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))
+
+
+def _inslots(item: Any) -> list[Any]:
+    return [getattr(item, name, None) for name in slots(type(item))]
+
+
+def _content(array: np.ndarray[Any, Any]) -> bytes:
+    """Return what is in an array: of a large one a sample, as all of it would take too long at every step."""
+    if array.nbytes <= _SMALL:
+        return array.tobytes()
+    if isinstance(array, np.memmap) or not (array.flags.c_contiguous or array.flags.f_contiguous):
+        return b""
+    return array.reshape(-1, order="A")[:: array.size // _SAMPLE + 1].tobytes()
+
+
 def _put_into(owner: dict[str, Any], names: list[str]) -> Callable[[int, Any], None]:
     def put(i: int, value: Any) -> None:
         if i < len(names) and names[i] is not _NEW:
@@ -243,11 +294,11 @@ _NEW = "(number of attributes)"  # an attribute may hide one of the class
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def _of_function(function: FunctionType, cells: Iterable[Any], names: Iterable[str]) -> list[Any]:
-    known = function.__globals__
+def _of_function(function: FunctionType, cells: Iterable[Any], places: Iterable[tuple[Any, str]]) -> list[Any]:
     found = [cell.cell_contents if _is_filled(cell) else None for cell in cells]
-    found += [known.get(name) for name in names]
-    return [*found, function.__code__, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    found += [owner.get(name) for owner, name in places]
+    found += [function.__code__, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*found, *vars(function).values()]
 
 
 def _cells(function: FunctionType) -> list[Any]:
@@ -262,8 +313,15 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _global_names(function: FunctionType) -> list[str]:
-    return [name for name in _names(function.__code__) if name in function.__globals__]
+def _global_places(function: FunctionType) -> list[tuple[dict[str, Any], str]]:
+    """Return where a function's global names are: in its globals, and in modules of the user's own among them."""
+    names, known = _names(function.__code__), function.__globals__
+    owners = [known, *(vars(value) for value in map(known.get, names) if _is_namespace(value))]
+    return [(owner, name) for owner in owners for name in names if name in owner]
+
+
+def _is_namespace(value: Any) -> bool:
+    return isinstance(value, ModuleType) and not _is_foreign(value.__name__)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_sam._base.buffers import Buffers
 from pyro_sam._base.precision import autocast
 from pyro_sam._base.surroundings import PLAIN, Surroundings
 from pyro_sam._flat.recorder import listeners
@@ -23,10 +24,12 @@ from pyro_sam._graph.capture import Captured, capture
 from pyro_sam._graph.draws import CannotCapture
 from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.own_laws import LawState, own_laws
 from pyro_sam._step.settings import Settings
 
 log = logging.getLogger(__name__)
 _PAYS = 10  # replays of a capture
+_WASTED = 16  # captures in a row that were replayed by the step alone that they were made for
 _VARIANTS = 4  # captures of one form of the arguments, as of a network in training and not
 
 
@@ -57,25 +60,27 @@ class Variant:
     Args:
         captured: The step.
         call: The call that it was captured from.
+        functions: Settings that are functions, and laws that may hold and read anything.
         state: Other tensors that it writes to.
     """
 
-    def __init__(self, captured: Captured, call: Call, state: Sequence[Tensor]) -> None:
+    def __init__(self, captured: Captured, call: Call, functions: Sequence[Any], state: Sequence[Tensor]) -> None:
         self._captured, self._state, self.uses = captured, list(state), 0
         self._shared: set[int] | None = None
         # of an autoguide the parameters are looked at anyway
         own = set(call.guide.modules()) if isinstance(call.guide, AutoGuide) else set()
         guide = [module for module in own if module._buffers] if own else [call.guide]
-        self._seen = Surroundings(call.model, *guide, *(module for module in captured.modules if module not in own))
+        modules = [module for module in captured.modules if module not in own]
+        self._seen = Surroundings(call.model, *guide, *modules, *functions)
         self._forms = [_form(leaf) for leaf in captured.leaves]
         self._constraints = _constraints(captured.statements)
         self._shown: dict[str, Tensor] = {}
         for name, leaf in captured.statements.items():
             self._shown[name] = leaf.detach()
             self._shown[name].unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
-        modules = {id(m): m for m in (*captured.modules, *self._seen.modules)}.values()
-        self._networks: list[Any] = [module for module in modules if hasattr(module, "is_as_met")]
-        self._written = [b for module in modules for b in module._buffers.values() if b is not None] + self._state
+        found = {id(m): m for m in (*captured.modules, *self._seen.modules)}.values()
+        self._networks: list[Any] = [module for module in found if hasattr(module, "is_as_met")]
+        self._written = [b for module in found for b in module._buffers.values() if b is not None] + self._state
 
     def is_current(self, state: Sequence[Tensor], seen: Surroundings) -> bool:
         """Return whether all of it is as it was.
@@ -155,7 +160,7 @@ def replayed(
     """
     leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
+    if _has_outer_graph(tensors, pair) or _is_restless(settings, pair):
         return None
     key = settings.graph_key(), asked, _environment(), _hashable(spec), tuple(map(_static, leaves)), _aliases(tensors)
     form = pair.graphs.get(key) or pair.graphs.put(key, _Form())
@@ -170,23 +175,44 @@ def replayed(
             args, kwargs = tree_unflatten([next(filled) if isinstance(x, Tensor) else x for x in leaves], spec)
             return step(weight, replace(call, args=args, kwargs=kwargs))
 
+        law = LawState(settings.perturbation)
         try:
-            _refuse(form, leaves)
+            _refuse(form, leaves, pair)
             captured = capture(call, first, fill, lambda: pair.memory, inputs)
+            _refuse_restless(law, settings, pair)
         except CannotCapture as reason:
-            log.warning("compile=True: the step is not compiled, because %s.", reason)
-            form.refused = True
+            law.restore()
+            if str(reason) != pair.uncaptured:
+                log.warning("compile=True: the step is not compiled, because %s.", reason)
+            form.refused, pair.uncaptured = True, str(reason)
             return None
-        variant = Variant(captured, call, _state(pair))
+        variant = Variant(captured, call, settings.functions(), _state(pair))
         form.variants = [variant, *form.variants[: _VARIANTS - 1]]
     return None if variant.has_hooks() else variant.run(inputs)
+
+
+def _has_outer_graph(arguments: Sequence[Tensor], pair: Pair) -> bool:
+    """Return whether no graph is wanted, or arguments or what the model sees have a graph of this step alone."""
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in arguments):
+        return True
+    return any(tensor.grad_fn is not None for tensor in pair.seen.tensors)
+
+
+def _is_restless(settings: Settings, pair: Pair) -> bool:
+    return any(own is known for own in own_laws(settings.perturbation) for known in pair.restless)
+
+
+def _refuse_restless(law: LawState, settings: Settings, pair: Pair) -> None:
+    if law.has_changed():
+        pair.restless += own_laws(settings.perturbation)
+        raise CannotCapture("its law changes what it holds")
 
 
 def _state(pair: Pair) -> list[Tensor]:
     return [] if pair.memory is None else pair.memory.tensors()
 
 
-def _refuse(form: _Form, leaves: Sequence[Any]) -> None:
+def _refuse(form: _Form, leaves: Sequence[Any], pair: Pair) -> None:
     """Refuse what cannot be watched.
 
     Raises:
@@ -199,6 +225,9 @@ def _refuse(form: _Form, leaves: Sequence[Any]) -> None:
             raise CannotCapture(f"an argument is a {type(leaf).__name__} of layout {leaf.layout}")
     if len(form.variants) == _VARIANTS and all(variant.uses < _PAYS for variant in form.variants):
         raise CannotCapture("what the model sees besides its arguments, or a setting, changes every few steps")
+    lately = pair.graphs.values()[-_WASTED - 1 : -1]
+    if len(lately) == _WASTED and not any(variant.uses > 1 for each in lately for variant in each.variants):
+        raise CannotCapture("none of its last captures was of use again: shapes or settings differ at every step")
 
 
 def _environment() -> Hashable:
@@ -207,8 +236,19 @@ def _environment() -> Hashable:
         autocast(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
+        _hooks_of_all_modules(),
         bool(pyro.settings.get("module_local_params")),
     )
+
+
+def _hooks_of_all_modules() -> Hashable:
+    hooks = (hook for known in _HOOKS for hook in getattr(nn.modules.module, known, {}).values())
+    return tuple(hook for hook in hooks if getattr(hook, "__module__", "") != Buffers.__module__)
+
+
+_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 
 
 def _hashable(spec: Any) -> Hashable:
@@ -266,5 +306,10 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "a captured step has no second derivatives; take the loss with compile=False where you need "
+                "create_graph=True."
+            )
         outer = outer if outer.dim() == 0 else outer[0]  # of replicas, the sum's: all the same
         return (None, None, *(outer * gradient for gradient in ctx.gradients))

@@ -77,7 +77,7 @@ class Call:
 
 
 def _look_of(leaf: Any) -> Hashable:
-    """Return what a model may branch on: of data their shape, of a plain value itself, of other things nothing known."""
+    """Return what a model may branch on: of data their shape, of a plain value itself, of others nothing known."""
     if isinstance(leaf, PerReplica):
         leaf = leaf.values
     if isinstance(leaf, Tensor | np.ndarray):

@@ -39,6 +39,8 @@ class Pair:
         failures: How many steps in a row could not be flat though they were tried.
         memory: Gradients of earlier steps.
         graphs: Captured steps.
+        uncaptured: Why the last step that could not be captured was not.
+        restless: Laws that change what they hold, so that no step of theirs is captured.
         fast_steps: How many fast steps were taken.
         slow: Why only ordinary steps are taken, if so.
         lost: Replicas that have been warned of.
@@ -59,6 +61,8 @@ class Pair:
     failures: int = 0
     memory: PreviousGradients | None = None
     graphs: Recent[Hashable, Any] = field(default_factory=lambda: Recent(_LIMIT))
+    uncaptured: str = ""
+    restless: list[Any] = field(default_factory=list)
     fast_steps: int = 0
     slow: str = ""
     lost: set[int] = field(default_factory=set)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pyro_sam._base.arguments import Numbers, finite, flag, non_negative, numbers, one_of, positive_int
+from pyro_sam._step.own_laws import own_laws
 from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, MixSAM, Mixture, Perturbation
 
 ScaleGradient = Literal["perturbed", "mean"]
@@ -103,6 +104,10 @@ class Settings:
             self, perturbation=Gaussian(), kl_weight=1.0, scale_gradient="perturbed", ascent="fresh", sync_ascent=False
         )
 
+    def functions(self) -> list[Any]:
+        """Return the settings that are functions, and the laws of a user's own: they may read anything."""
+        return [*own_laws(self.perturbation), *([self.hide] if callable(self.hide) else [])]
+
     def graph_key(self) -> Hashable:
         """Return what a captured step depends on, a law's present state included; ``kl_weight`` is an input of it."""
         names = ("scale_gradient", "scope", "num_particles", "vectorize_particles", "max_plate_nesting", "ascent")
@@ -112,7 +117,7 @@ class Settings:
 
 
 def _law_key(value: Any) -> Hashable:
-    """Return what a law is and holds; of anything that may change, which object it is and what it holds now."""
+    """Return what a law is and holds; of what is no plain value, which object it is: its content is watched."""
     if isinstance(value, Perturbation):
         return type(value), tuple((name, _law_key(held)) for name, held in sorted(vars(value).items()))
     if isinstance(value, list | tuple):
@@ -123,7 +128,7 @@ def _law_key(value: Any) -> Hashable:
         return type(value), repr(value)
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         return Tensor, value.item()
-    return _Unknown()
+    return _Same(value)
 
 
 def _lengths(named: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -141,8 +146,19 @@ def _lengths(named: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 _WITH_NUMBERS = (Adversarial, MixSAM, AscendedSample)
 
 
-class _Unknown:
-    """Equal to nothing else, so that nothing remembered fits."""
+class _Same:
+    """Equal where it is of the same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other is of the same object."""
+        return isinstance(other, _Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        """Return the object's number."""
+        return id(self._value)
 
 
 NAMES = tuple(each.name for each in fields(Settings))

@@ -12,11 +12,10 @@ from torch import Tensor
 from pyro_sam._base.arguments import Numbers
 from pyro_sam._base.ranks import mean_over_ranks
 from pyro_sam._step.memory import StepMemory, version
+from pyro_sam._step.own_laws import OURS
 from pyro_sam._step.passes import Loss, Passes, Ran
 from pyro_sam._step.settings import Settings
-from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, Mean, MixSAM, NoiseSpace, Perturbation
-
-_OURS = (Mean, Gaussian, Adversarial, AscendedSample, MixSAM)  # they do not write into what they are given
+from pyro_sam.perturbation import NoiseSpace, Perturbation
 
 
 class Terms(NamedTuple):
@@ -68,7 +67,7 @@ class Space(NoiseSpace):
         """Draw standard normal noise."""
         e = self._passes.gaussian()
         self._draw = e, version(e)
-        self._z = e if type(self._law) in _OURS else e.clone()
+        self._z = e if type(self._law) in OURS else e.clone()
         return e
 
     def gradient(self, e: Tensor) -> Tensor:

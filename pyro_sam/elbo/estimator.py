@@ -7,6 +7,7 @@ The noise ``e`` is a constant of the outer gradient, which reaches loc and scale
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from pyro_sam._step.knowledge import Knowledge, Pair
 from pyro_sam._step.memory import StepMemory
 from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.mistakes import refuse_bare_parameters
+from pyro_sam._step.own_laws import Tossed
 from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
 from pyro_sam._step.space import Terms
@@ -197,9 +199,10 @@ class SAM_ELBO(ELBO):
             return sum_of(total)
 
         if self._is_watched(pair, settings):
-            return sentinel.watched_loss(
-                pair, call, lambda: take(settings), lambda: take(replace(settings, fast=False, compile=False))
-            )
+            slow = replace(settings, fast=False, compile=False)
+            look = partial(self._look, call, pair, slow)
+            law = settings.perturbation
+            return sentinel.watched_loss(pair, call, law, lambda: take(settings), look, lambda: take(slow))
         return take(settings)
 
     @explained
@@ -209,13 +212,21 @@ class SAM_ELBO(ELBO):
         refuse_bare_parameters(guide)
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
         if self._is_watched(pair, settings):
-            return sentinel.watched(
-                pair,
-                call,
-                lambda: self._accumulate(call, pair, settings),
-                lambda: self._accumulate(call, pair, replace(settings, fast=False, compile=False)),
-            )
+            slow = replace(settings, fast=False, compile=False)
+            fast, ordinary = (partial(self._accumulate, call, pair, each) for each in (settings, slow))
+            look = partial(self._look, call, pair, slow)
+            return sentinel.watched(pair, call, settings.perturbation, fast, look, ordinary)
         return self._accumulate(call, pair, settings)
+
+    def _look(self, call: Call, pair: Pair, settings: Settings) -> tuple[Any, float]:
+        """Return the loss with its graph to all leaves, and its value as a step returns it."""
+        loss: Any = 0.0
+        value: Loss = 0.0
+        for particle in self._particles(call, pair, settings):
+            found = particle.loss()
+            loss = loss + sum_of(found.loss) / settings.num_particles
+            value = value + found.value / settings.num_particles
+        return loss, _number(sum_of_good(value))
 
     def _accumulate(self, call: Call, pair: Pair, settings: Settings) -> float:
         self._last_terms = self._replica_losses = None
@@ -306,7 +317,8 @@ class SAM_ELBO(ELBO):
         start, single = RandomState.capture(), replicas_of(call.guide) is None
         law = settings.perturbation.toss() if settings.num_particles == 1 and single else settings.perturbation
         if law is not settings.perturbation:
-            settings = replace(settings, perturbation=law)
+            remembers = settings.ascent == "previous" and settings.perturbation.uses_gradient
+            settings = replace(settings, perturbation=Tossed(law) if remembers and not law.uses_gradient else law)
 
         def step(kl_weight: Tensor, call: Call) -> tuple[Any, Tensor | None]:
             total: Any = 0.0

@@ -27,6 +27,7 @@ from pyro_sam._step.loss import latent_sites
 from pyro_sam._step.memory import StepMemory
 from pyro_sam._step.minibatch import follow_minibatch
 from pyro_sam._step.ordinary import OrdinaryPasses
+from pyro_sam._step.own_laws import LawState
 from pyro_sam._step.passes import Loss, Passes
 from pyro_sam._step.settings import Settings
 from pyro_sam._step.side_by_side import SideBySide
@@ -154,13 +155,14 @@ class Particle:
         passes = self._flat(graph=graph)
         if passes is None:
             return None
-        buffers = passes.buffers
+        buffers, law = passes.buffers, LawState(self.law)
         buffers.watch()
         try:
             return (take(passes),)
         except Surprise:
             buffers.restore()
             start.restore()
+            law.restore()
             return None
         except BaseException:
             buffers.restore()

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import pyro
@@ -19,7 +18,10 @@ from pyro_sam._base.precision import autocast
 from pyro_sam._base.random_state import RandomState
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
+from pyro_sam._step.dependence import graph_of
 from pyro_sam._step.knowledge import Pair
+from pyro_sam._step.own_laws import LawState
+from pyro_sam.perturbation import Perturbation
 
 T = TypeVar("T")
 
@@ -43,7 +45,12 @@ class _Taken(Generic[T]):
     gradients: list[Tensor | None]
 
 
-def watched(pair: Pair, call: Call, fast: Callable[[], float], ordinary: Callable[[], float]) -> float:
+Look = Callable[[], tuple[Any, float]]  # takes the ordinary step; returns the loss with its graph, and its value
+
+
+def watched(
+    pair: Pair, call: Call, law: Perturbation, fast: Callable[[], float], look: Look, ordinary: Callable[[], float]
+) -> float:
     """Take a fast step, and check it by an ordinary one that leaves no trace.
 
     Where the two differ by more than rounding, the ordinary numbers are used, and the pair takes no more fast steps.
@@ -51,82 +58,128 @@ def watched(pair: Pair, call: Call, fast: Callable[[], float], ordinary: Callabl
     Args:
         pair: What is known of model and guide.
         call: The step's model, guide and arguments.
+        law: The law of the noise.
         fast: Takes the fast step, adds gradients to ``.grad`` and returns the loss.
-        ordinary: Takes the ordinary step, likewise.
+        look: Takes the ordinary step, and adds no gradients.
+        ordinary: Takes the ordinary step as ``fast`` does.
     """
-    leaves = _leaves(pair, call)
-    before = [leaf.grad for leaf in leaves]
 
-    def read(step: Callable[[], float]) -> _Taken[float]:
+    def read(leaves: Sequence[Tensor]) -> _Taken[float]:
+        before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
-        loss = step()
-        return _Taken(loss, loss, [leaf.grad for leaf in leaves])
+        try:
+            loss = fast()
+            return _Taken(loss, loss, [leaf.grad for leaf in leaves])
+        finally:
+            for leaf, gradient in zip(leaves, before, strict=True):
+                leaf.grad = gradient
 
-    try:
-        loss = _watched(pair, call, leaves, partial(read, fast), partial(read, ordinary))
-    except BaseException:
-        for leaf, gradient in zip(leaves, before, strict=True):
-            leaf.grad = gradient
-        raise
-    for leaf, gradient in zip(leaves, before, strict=True):
-        if gradient is not None:
-            leaf.grad = gradient if leaf.grad is None else gradient.add_(leaf.grad)
-    return loss
+    def keep(leaves: Sequence[Tensor], taken: _Taken[float]) -> None:
+        for leaf, gradient in zip(leaves, taken.gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+
+    return _watched(pair, call, law, fast, read, keep, look, ordinary)
 
 
-def watched_loss(pair: Pair, call: Call, fast: Callable[[], Any], ordinary: Callable[[], Any]) -> Any:
+def watched_loss(
+    pair: Pair, call: Call, law: Perturbation, fast: Callable[[], Any], look: Look, ordinary: Callable[[], Any]
+) -> Any:
     """Do the same for functions that return the loss with its graph."""
-    leaves = _leaves(pair, call)
 
-    def read(step: Callable[[], Any]) -> _Taken[Any]:
-        loss = step()
-        has_graph = isinstance(loss, Tensor) and loss.requires_grad
-        found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) if has_graph and leaves else ()
-        return _Taken(loss, float(loss), list(found) if found else [None] * len(leaves))
+    def read(leaves: Sequence[Tensor]) -> _Taken[Any]:
+        loss = fast()
+        return _Taken(loss, float(loss.detach()), _gradients(loss, leaves))
 
-    return _watched(pair, call, leaves, partial(read, fast), partial(read, ordinary))
+    return _watched(pair, call, law, fast, read, lambda *_: None, look, ordinary)
+
+
+class _Start:
+    """What a step begins with, to begin again.
+
+    Args:
+        pair: What is known of model and guide.
+        call: The step's model, guide and arguments.
+        law: The law of the noise.
+    """
+
+    def __init__(self, pair: Pair, call: Call, law: Perturbation) -> None:
+        self._pair, self._call = pair, call
+        self._streams, self._memory = RandomState.capture(call.streams), [each.clone() for each in _memory(pair)]
+        self._law, self.seen = LawState(law), Surroundings(call.model, call.guide)
+
+    def again(self) -> None:
+        """Go back to it."""
+        self._streams.restore()
+        self._law.restore()
+        if self._pair.memory is not None and not self._memory:
+            self._pair.memory.begin_again()
+        for tensor, value in zip(_memory(self._pair), self._memory, strict=False):
+            tensor.copy_(value)
+
+    def look(self, look: Look, leaves: list[Tensor]) -> _Taken[RandomState]:
+        """Take the ordinary step without a trace; return it, and where the random streams then were.
+
+        Args:
+            look: Takes it.
+            leaves: The leaves whose gradients are wanted; filled if it is empty.
+        """
+        with _silent(), kept_buffers(self._call.modules):
+            loss, value = look()
+            leaves += [] if leaves else _all_leaves(_leaves(self._pair, self._call), loss)
+            gradients = _gradients(loss, leaves)
+        end = RandomState.capture(self._call.streams)
+        self.again()
+        return _Taken(end, value, gradients)
 
 
 def _watched(
     pair: Pair,
     call: Call,
-    leaves: Sequence[Tensor],
-    fast: Callable[[], "_Taken[T]"],
-    ordinary: Callable[[], "_Taken[T]"],
+    law: Perturbation,
+    fast: Callable[[], T],
+    read: Callable[[Sequence[Tensor]], "_Taken[T]"],
+    keep: Callable[[Sequence[Tensor], "_Taken[T]"], None],
+    look: Look,
+    ordinary: Callable[[], T],
 ) -> T:
-    start, memory = RandomState.capture(call.streams), [tensor.clone() for tensor in _memory(pair)]
-
-    def rewind() -> None:
-        start.restore()
-        if pair.memory is not None and not memory:
-            pair.memory.begin_again()
-        for tensor, value in zip(_memory(pair), memory, strict=False):
-            tensor.copy_(value)
-
-    seen = Surroundings(call.model, call.guide)
-    with _silent(), kept_buffers(call.modules):
-        right = ordinary()
-    end = RandomState.capture(call.streams)
-    rewind()
-    if not seen.is_same():  # say, a model that counts its runs: does its number matter?
-        with _silent(), kept_buffers(call.modules):
-            again = ordinary()
-        rewind()
-        seen.restore()
+    if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in _leaves(pair, call)):
+        return fast()  # what such a hook makes of a gradient, or does with it, happens once
+    leaves: list[Tensor] = []
+    start = _Start(pair, call, law)
+    right = start.look(look, leaves)
+    if not start.seen.is_same():  # say, a model that counts its runs: does its number matter?
+        again = start.look(look, leaves)
+        start.seen.restore()
         if what := _difference(again, right, leaves):
             _give_up(pair, f"a second run of the same step changes it: {what}")
-            return ordinary().loss
+            return ordinary()
     with kept_buffers(call.modules, on_error_only=True) as buffers:
-        taken = fast()
+        taken = read(leaves)
         # a model that has come to draw, mapped over replicas, does it in another order
-        what = "" if pair.draws else _difference(taken, right, leaves) or _stream_since(end)
+        what = "" if pair.draws else _difference(taken, right, leaves) or _stream_since(right.loss)
         if not what:
+            keep(leaves, taken)
             return taken.loss
         buffers.restore()
     _give_up(pair, what, _CHANGES if math.isfinite(right.value) else _DIVERGES)
-    rewind()
-    return ordinary().loss
+    start.again()
+    return ordinary()
+
+
+def _all_leaves(known: Sequence[Tensor], loss: Any) -> list[Tensor]:
+    """Return some leaves, and those of the loss's graph, such as a tensor that the model's Python holds."""
+    found = graph_of([loss]) if isinstance(loss, Tensor) else ()
+    ends = [getattr(node, "variable", None) for node in found]
+    return list({id(leaf): leaf for leaf in (*known, *ends) if leaf is not None}.values())
+
+
+def _gradients(loss: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    if not (isinstance(loss, Tensor) and loss.requires_grad and leaves):
+        return [None] * len(leaves)
+    # retained: a part of the graph may be the caller's own
+    return list(torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True))
 
 
 def _leaves(pair: Pair, call: Call) -> list[Tensor]:
