@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import Quadratic
+from pyro import poutine
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal
 
 import pyro_sam as ps
@@ -190,3 +192,40 @@ def test_particles_climb_along_what_was_before_their_step(
         assert loss == pytest.approx(expected.item(), rel=1e-11)
         gradients = torch.stack([problem.u(z + climb) for z in noise])
         average = decay * average + (1 - decay) * gradients.mean(0)
+
+
+def climbs(model_at: Any, number: int = 1) -> list[float]:
+    """Return the losses of a pair's steps, ``number`` pairs of one estimator taking turns."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    x, y = torch.randn(8, 2), torch.randn(8)
+
+    def make(k: int) -> tuple[Any, Any]:
+        def model(x: torch.Tensor, y: torch.Tensor) -> None:
+            w = pyro.sample(f"w{k}", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("data", 8):
+                pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+        guide = ps.MeanFieldNormal(model, init_scale=0.3)
+        guide._pyro_name = f"guide{k}"
+        return model, guide.initialize(x, y)
+
+    pairs, elbo, losses = [make(k) for k in range(number)], ps.SAM_ELBO(ps.Adversarial(1.0), ascent="previous"), []
+    for _ in range(4):
+        losses += [elbo.loss_and_grads(model_at(model), guide, x, y) for model, guide in pairs][:1]
+    return losses
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [partial, lambda model: poutine.scale(model, scale=1.0), lambda model: pyro.condition(partial(model), data={})],
+    ids=["partial", "scale", "condition"],
+)
+def test_a_model_that_is_wrapped_anew_at_each_step_still_climbs(wrapped: Any) -> None:
+    alone = climbs(lambda model: model)
+    assert alone[1] > alone[0] + 1
+    assert climbs(wrapped) == pytest.approx(alone, rel=1e-9)
+
+
+def test_a_dozen_pairs_that_take_turns_all_climb() -> None:
+    assert climbs(lambda model: model, 12) == pytest.approx(climbs(lambda model: model), rel=1e-9)

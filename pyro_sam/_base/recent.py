@@ -13,10 +13,11 @@ class Recent(Generic[K, V]):
     Args:
         limit: Number of entries that are kept.
         keep: Tells of a value whether to let it go only where all others are such, too.
+        most: Number of entries, those to keep included, where ``limit`` is for the others alone.
     """
 
-    def __init__(self, limit: int, keep: Callable[[V], bool] | None = None) -> None:
-        self._limit, self._keep = limit, keep
+    def __init__(self, limit: int, keep: Callable[[V], bool] | None = None, most: int | None = None) -> None:
+        self._limit, self._keep, self._most = limit, keep, most
         self._entries: dict[K, V] = {}
 
     def __len__(self) -> int:
@@ -38,10 +39,10 @@ class Recent(Generic[K, V]):
     def put(self, key: K, value: V) -> V:
         """Take in an entry, the latest one, and return its value."""
         self._entries.pop(key, None)
-        if len(self._entries) >= self._limit:
-            free = (k for k, v in self._entries.items() if not (self._keep and self._keep(v)))
-            oldest = next(free, next(iter(self._entries)))
-            del self._entries[oldest]
+        free = [k for k, v in self._entries.items() if not (self._keep and self._keep(v))]
+        counted = len(self._entries) if self._most is None else len(free)
+        if counted >= self._limit or len(self._entries) >= (self._most or self._limit):
+            del self._entries[next(iter(free), next(iter(self._entries)))]
         self._entries[key] = value
         return value
 

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
@@ -139,9 +141,10 @@ class Knowledge:
     """The pairs of model and guide that an estimator has met lately."""
 
     LIMIT = 8
+    MOST = 64  # those that remember gradients included: a pair that forgets them climbs no more
 
     def __init__(self) -> None:
-        self._pairs: Recent[Hashable, Pair] = Recent(self.LIMIT, _remembers)
+        self._pairs: Recent[Hashable, Pair] = Recent(self.LIMIT, _remembers, self.MOST)
         self._loaded: Mapping[str, Tensor] | None = None
 
     def of(self, call: Call) -> Pair:
@@ -149,10 +152,25 @@ class Knowledge:
         return self._pairs.get(call.key) or self._pairs.put(call.key, Pair(call.model, call.guide))
 
     def memory_of(self, pair: Pair) -> PreviousGradients:
-        """Return a pair's gradients of earlier steps; a state that was loaded goes to the first that asks."""
+        """Return a pair's gradients of earlier steps; a state that was loaded goes to the first that asks.
+
+        A model under a handler that is made anew, as by ``pyro.condition(model, ...)`` at each step, goes on with those
+        of the same model and guide.
+        """
         if pair.memory is None:
-            pair.memory, self._loaded = PreviousGradients(self._loaded), None
+            state = self._loaded if self._loaded is not None else self._of_same_core(pair)
+            pair.memory, self._loaded = PreviousGradients(state), None
         return pair.memory
+
+    def _of_same_core(self, pair: Pair) -> Mapping[str, Tensor] | None:
+        core = _core(pair.model)
+        if core is pair.model:
+            return None
+        for other in reversed(self._pairs.values()):
+            same = other is not pair and other.guide == pair.guide and _core(other.model) == core
+            if same and other.memory is not None:
+                return other.memory.state_dict()
+        return None
 
     def ascent(self) -> dict[str, Tensor]:
         """Return the gradients of earlier steps, of the pair that was trained last."""
@@ -164,6 +182,14 @@ class Knowledge:
         self._loaded = {name: average.detach().clone() for name, average in state.items()}
         for pair in self._pairs.values():
             pair.memory = None
+
+
+def _core(model: Any) -> Any:
+    """Return the function inside of Pyro's handlers and partial calls."""
+    inner = poutine.unwrap(model)
+    while isinstance(inner, partial):
+        inner = poutine.unwrap(inner.func)
+    return inner
 
 
 def _remembers(pair: Pair) -> bool:
