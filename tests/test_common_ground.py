@@ -129,42 +129,46 @@ def test_a_prior_is_not_held_to_hang_on_a_latent_after_it_no_longer_does(fast: b
 class Switch:
     """Holds whether something is on, for a model to read."""
 
-    on = False
+    def __init__(self, on: bool = False) -> None:
+        self.on = on
 
 
 def switched(kind: str) -> tuple[Callable[..., None], Callable[[bool], tuple[Any, dict[str, Any]]]]:
     """Return a model whose prior on w hangs on a detached latent where it is told so, and what tells it."""
-    switch, table = Switch(), {"on": False}
+    switch, table, flag = Switch(), {"on": False}, torch.zeros((), dtype=torch.bool)
     on = False
 
+    def is_told() -> bool:
+        return on or switch.on or table["on"] or bool(flag.item())
+
     def model(x: Tensor, y: Tensor, given: Any = False, **options: Any) -> None:
-        told = given.on if isinstance(given, Switch) else given
-        tied = on or switch.on or table["on"] or told or options.get("tied", False)
+        told = given.on if isinstance(given, Switch) else bool(given)
+        tied = is_told() or told or options.get("tied", False)
         tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
         w = pyro.sample("w", dist.Normal(tau.detach() if tied else 0.0, torch.ones(2)).to_event(1))
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(x @ w + tau, 0.5), obs=y)
 
-    def tell(to: bool) -> tuple[Any, dict[str, Any]]:
+    def close_over(to: bool) -> None:
         nonlocal on
-        x, y = X, Y
-        if kind == "closure":
-            on = to
-        elif kind == "attribute":
-            switch.on = to
-        elif kind == "entry":
-            table["on"] = to
-        elif kind == "argument":
-            return (x, y, to), {}
-        elif kind == "number":
-            return (x, y, float(to)), {}
-        elif kind == "keyword":
-            return (x, y), {"tied": True} if to else {}
-        elif kind == "object":
-            given = Switch()
-            given.on = to
-            return (x, y, given), {}
-        return (x, y), {}
+        on = to
+
+    hidden: dict[str, Callable[[bool], Any]] = {
+        "closure": close_over,
+        "attribute": lambda to: setattr(switch, "on", to),
+        "entry": lambda to: table.update(on=to),
+        "flag": flag.fill_,
+    }
+    given: dict[str, Callable[[bool], Any]] = {
+        "tensor": lambda to: torch.tensor(float(to)), "argument": bool, "number": float, "object": Switch,
+    }  # fmt: skip
+
+    def tell(to: bool) -> tuple[Any, dict[str, Any]]:
+        if kind in given:
+            return (X, Y, given[kind](to)), {}
+        if kind in hidden:
+            hidden[kind](to)
+        return (X, Y), {"tied": True} if kind == "keyword" and to else {}
 
     return model, tell
 
@@ -172,7 +176,9 @@ def switched(kind: str) -> tuple[Callable[..., None], Callable[[bool], tuple[Any
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("there_and_back", [False, True])
 @pytest.mark.parametrize("law", [ps.Mean(), ps.Adversarial(3.0)], ids=repr)
-@pytest.mark.parametrize("kind", ["closure", "attribute", "entry", "argument", "number", "keyword", "object"])
+@pytest.mark.parametrize(
+    "kind", ["closure", "attribute", "entry", "flag", "tensor", "argument", "number", "keyword", "object"]
+)
 def test_a_prior_may_come_to_hang_on_a_detached_latent(
     kind: str, law: ps.Perturbation, there_and_back: bool, fast: bool
 ) -> None:

@@ -1,6 +1,6 @@
 """One call of the estimator, as one value."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,18 @@ class Call:
             for leaf in tree_leaves((self.args, dict(self.kwargs)))
             if not isinstance(leaf, (Tensor, PerReplica, *PLAIN))
         ]
+
+
+def told_by(tensors: Iterable[Any]) -> tuple[Hashable, ...]:
+    """Return what a model may branch on in tensors: flags and counters, and whether a single number is zero.
+
+    Only those in the host's memory are read, at no wait for a device.
+    """
+    return tuple(
+        bool(tensor) if tensor.is_floating_point() else tensor.item()
+        for tensor in tensors
+        if isinstance(tensor, Tensor) and tensor.numel() == 1 and tensor.device.type == "cpu"
+    )
 
 
 def _look_of(leaf: Any) -> Hashable:

@@ -10,12 +10,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.recent import Recent
 from pyro_sam._base.surroundings import Surroundings
-from pyro_sam._step.call import Call
+from pyro_sam._step.call import Call, told_by
 from pyro_sam._step.enumeration import Enumeration
 from pyro_sam._step.memory import PreviousGradients
 from pyro_sam._step.passes import Dependence
@@ -72,6 +73,7 @@ class Pair:
     draws: bool | None = None
     _nesting: int | None = None
     _changes: int = 0
+    _told: Hashable = ()
     _surroundings: Surroundings | None = None
     _streams: Streams | None = None
 
@@ -99,7 +101,7 @@ class Pair:
 
     def view(self, call: Call) -> Hashable:
         """Return what model and guide may branch on: a number for what they see, and the look of their arguments."""
-        return self._changes, call.look()
+        return self._changes, call.look(), self._told
 
     def surroundings(self, call: Call) -> Surroundings:
         """Return what model and guide can see besides their arguments."""
@@ -121,6 +123,8 @@ class Pair:
             fast: Whether streams that the model was not seen to use may be left out.
         """
         seen = self.surroundings(call)
+        # read here: while a step is captured or mapped, tensors do not tell
+        self._told = told_by(tree_leaves((call.args, dict(call.kwargs), seen.tensors)))
         modules, generators = seen.modules, seen.generators
         if objects := call.objects():
             more = Surroundings(*objects)
