@@ -340,7 +340,9 @@ def test_a_sweep_varies_one_setting_and_keeps_what_was_chosen(
             mine = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
             places = sorted((row["value"], row["seed"]) for row in mine)
             assert places == [(value, seed) for value in SWEEPS[setting].values for seed in range(2)]
-            kept = {**chosen["mfvi"], "alpha": 3.0} if method == "ascended-previous" else chosen[method]
+            own = method in chosen and setting != "alpha"
+            kept = chosen[method] if own else {**chosen["mfvi"], "alpha": 3.0}
+            kept = {name: kept[name] for name in METHODS[method].distributions()}
             assert all(
                 {**row["settings"], setting: 0} == {**kept, setting: 0} for row in mine if setting != "batch_size"
             )

@@ -1,4 +1,4 @@
-"""What one setting alone changes: all others are those that were chosen for the method."""
+"""What one setting alone changes: all others are those that were chosen for the method, or for the baseline."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def sensitivity(
             with records.claim(data, f"{name}.{setting}") as mine:
                 if not mine or _is_done(records, data, name, setting, seeds):
                     continue
-                base = _base(records.read(), data, name)
+                base = _base(records.read(), data, name, setting)
                 if base is None:
                     say(f"{data}, {name}: no settings of {name} or {BASELINE} to begin from; run the study first")
                     continue
@@ -68,9 +68,12 @@ def _is_done(records: Records, data: str, method: str, setting: str, seeds: int)
     return {row["seed"] for row in rows} >= set(range(seeds))
 
 
-def _base(rows: Rows, data: str, method: str) -> tuple[dict[str, float], int] | None:
-    """Return the settings chosen for a method, or the baseline's with numbers of our own, and the gradients."""
-    for name in (method, BASELINE):
+def _base(rows: Rows, data: str, method: str, setting: str) -> tuple[dict[str, float], int] | None:
+    """Return the settings chosen for a method, or the baseline's with numbers of our own, and the gradients.
+
+    The number that makes the method the baseline where it is 0 is varied at the baseline's settings.
+    """
+    for name in (BASELINE, method) if setting == METHODS[method].zero else (method, BASELINE):
         found = next((row for row in rows if (row["data"], row["method"]) == (data, name) and "settings" in row), None)
         if found:
             own = {number: _NUMBERS[number] for number in METHODS[method].space}
