@@ -42,7 +42,16 @@ def init_to_value_or_feasible(site: Any = None) -> Any:
     if site is None:
         return init_to_value_or_feasible
     value = (site["infer"] or {}).get("init_value")
-    return init_to_feasible(site) if value is None else value.detach().clone()
+    if value is None:
+        return init_to_feasible(site)
+    support = site["fn"].support
+    if not (value.is_meta or bool(support.check(value.detach()).all())):
+        raise ValueError(
+            f"The prior of '{site['name']}' has support {support}, and the network's own weight, where the guide "
+            "starts, lies outside of it: give a prior on all real numbers, or another start, such as "
+            "init_loc_fn=pyro.infer.autoguide.init_to_median."
+        )
+    return value.detach().clone()
 
 
 class MeanFieldNormal(AutoNormal):

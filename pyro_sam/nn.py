@@ -317,6 +317,10 @@ def _check_net(net: nn.Module) -> None:
 
 
 def _check_prior(prior: Any) -> None:
+    if prior is fan_in_normal:
+        raise ValueError(
+            "prior must be what fan_in_normal returns, such as fan_in_normal(1.0), got the function itself."
+        )
     if isinstance(prior, type) or not (isinstance(prior, Distribution) or callable(prior)):
         raise ValueError(
             "prior must be a distribution such as pyro.distributions.Normal(0.0, 1.0), or a callable from name and "

@@ -704,3 +704,62 @@ def test_messages_of_others_stand_in_the_page_on_troubleshooting(call: Any, text
     with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError), match=re.escape(text)):
         call()
     assert f"`{text}`" in (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+
+
+# Messages with the value and the cure
+
+
+def network_with(prior: Any) -> tuple[Any, Any]:
+    bnn = ps.BayesianModule(torch.nn.Linear(3, 2), prior=prior)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        logits = bnn(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    return model, ps.MeanFieldNormal(model)
+
+
+def test_an_svi_in_the_place_of_what_builds_one_is_named() -> None:
+    model, guide = network_with(dist.Normal(0.0, 1.0))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), ps.SAM_ELBO())
+    for build, got in ((svi, "got an SVI"), (3, "got 3")):
+        with pytest.raises(ValueError, match=f"build must be .*{got}"):
+            ps.tune(build, ps.default_space(), [], (torch.ones(1),), num_trials=1, num_epochs=1)
+
+
+def test_fan_in_normal_without_a_call_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prior must be what fan_in_normal returns, such as fan_in_normal\(1.0\)"):
+        ps.BayesianModule(torch.nn.Linear(3, 2), prior=ps.nn.fan_in_normal)
+
+
+def test_a_prior_that_the_networks_own_weights_lie_outside_of_is_named() -> None:
+    model, guide = network_with(dist.HalfNormal(1.0))
+    with pytest.raises(ValueError, match=r"The prior of 'weight' has support .*GreaterThan.*lies outside of it"):
+        ps.SAM_ELBO().loss_and_grads(model, guide, torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("what", ["mean", "variance"])
+def test_classes_have_no_mean(what: str) -> None:
+    model, guide = network_with(dist.Normal(0.0, 1.0))
+    guide.initialize(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+    prediction = ps.predict(model, guide, torch.ones(4, 3))
+    with pytest.raises(ValueError, match=f"a Categorical likelihood has no {what}; use probs"):
+        getattr(prediction, what)
+
+
+@pytest.mark.parametrize("name", ["rho", "kappa", "alpha", "steps", "geometry", "eta"])
+def test_a_number_of_the_law_is_no_setting_of_the_elbo(name: str) -> None:
+    elbo = ps.SAM_ELBO(ps.Adversarial(1.0))
+    with pytest.raises(
+        AttributeError, match=rf"{name} is a number of the law.*assign.*elbo.perturbation = \w+\({name}=2"
+    ):
+        setattr(elbo, name, 2)
+    assert not hasattr(elbo, name)
+    elbo.my_own = 3  # what is nothing of ours may be kept there
+    assert elbo.my_own == 3
+
+
+def test_a_tensor_in_the_place_of_a_callable_is_shown_by_its_shape() -> None:
+    with pytest.raises(ValueError, match=r"model must be a callable.*got a tensor of shape \(100, 30\)"):
+        ps.MeanFieldNormal(torch.zeros(100, 30))

@@ -357,7 +357,7 @@ def test_progress_is_shown_on_demand(capsys: pytest.CaptureFixture[str], monkeyp
     ps.predict(linear, guide, X, num_samples=3, progress=True)
     assert "3/3" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install pyro-sam\[progress\]"):
+    with pytest.raises(ImportError, match=r'progress=True needs tqdm: pip install "pyro-sam\[progress\]"'):
         ps.predict(linear, guide, X, num_samples=3, progress=True)
 
 

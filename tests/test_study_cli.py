@@ -113,7 +113,7 @@ def test_without_the_extra_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(cli, "_EXTRAS", ("torch", "not_a_package"))
     assert cli.main(["compare", "digits"]) == 2
-    assert capsys.readouterr().err.endswith("not_a_package not installed: pip install pyro-sam[bench].\n")
+    assert capsys.readouterr().err.endswith('not_a_package not installed: pip install "pyro-sam[bench]".\n')
 
 
 def test_an_interrupt_before_training_ends_with_status_130(

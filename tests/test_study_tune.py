@@ -161,4 +161,4 @@ def test_without_optuna_it_says_what_to_install(monkeypatch: Any, capsys: Any, t
     real = cli.importlib.util.find_spec  # type: ignore[attr-defined]
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "optuna" else real(name))  # type: ignore[attr-defined]
     assert cli.main(["tune", "breast-cancer", *WORDS, "--out", str(tmp_path)]) == 2
-    assert "optuna not installed: pip install pyro-sam[tune]" in capsys.readouterr().err
+    assert 'optuna not installed: pip install "pyro-sam[tune]"' in capsys.readouterr().err

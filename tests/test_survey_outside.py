@@ -496,7 +496,7 @@ def _no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_method_whose_package_is_missing_is_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["study", "--methods", "map,laplace,swag", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "--methods laplace, swag needs no_laplace, no_swag, not installed: pip install pyro-sam[outside]." in error
+    assert '--methods laplace, swag needs no_laplace, no_swag, not installed: pip install "pyro-sam[outside]".' in error
     assert len(error.strip().splitlines()) == 1
 
 

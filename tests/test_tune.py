@@ -437,7 +437,7 @@ def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     for call in (tune, ps.default_space):
-        with pytest.raises(ImportError, match=r"tune needs optuna: pip install pyro-sam\[tune\]"):
+        with pytest.raises(ImportError, match=r'tune needs optuna: pip install "pyro-sam\[tune\]"'):
             call()
 
 

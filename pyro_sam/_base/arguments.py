@@ -9,6 +9,7 @@ from torch import Tensor
 
 # a number, or one for each replica
 Numbers = float | tuple[float, ...]
+_LINE = 200  # characters
 
 
 def finite(name: str, value: float) -> float:
@@ -90,7 +91,15 @@ def function(name: str, value: Any, example: str) -> None:
         ValueError: If it is not.
     """
     if isinstance(value, type) or not callable(value):
-        raise ValueError(f"{name} must be a callable, such as {example}, got {value!r}.")
+        raise ValueError(f"{name} must be a callable, such as {example}, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: of a tensor its shape, of others no more than a line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
 def flag(name: str, value: bool) -> None:

@@ -6,7 +6,7 @@ The noise ``e`` is a constant of the outer gradient, which reaches loc and scale
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,9 @@ from pyro_sam._step.space import Terms
 from pyro_sam.elbo import sentinel
 from pyro_sam.elbo.particle import Evaluated, Particle
 from pyro_sam.guide import MeanFieldNormal
-from pyro_sam.perturbation import AscendedSample, Perturbation
+from pyro_sam.perturbation import Adversarial, AscendedSample, MixSAM, Perturbation
+
+_LAW_NUMBERS = {each.name: law.__name__ for law in (MixSAM, AscendedSample, Adversarial) for each in fields(law)}
 
 
 class SAM_ELBO(ELBO):
@@ -144,6 +146,11 @@ class SAM_ELBO(ELBO):
         """Change a setting, checked together with the others; or another attribute."""
         if name in NAMES and "_settings" in vars(self):
             self._settings = replace(self._settings, **{name: value})
+        elif name in _LAW_NUMBERS and name not in vars(self):
+            raise AttributeError(
+                f"{name} is a number of the law, which does not change: assign another law, such as "
+                f"elbo.perturbation = {_LAW_NUMBERS[name]}({name}={value!r})."
+            )
         else:
             super().__setattr__(name, value)
 

@@ -119,12 +119,22 @@ class Prediction:
 
     @property
     def mean(self) -> Tensor:
-        r"""Mean of the mixture, :math:`\frac1S \sum_s E[y \mid x, w_s]`; shape ``(N, *event_shape)``."""
+        r"""Mean of the mixture, :math:`\frac1S \sum_s E[y \mid x, w_s]`; shape ``(N, *event_shape)``.
+
+        Raises:
+            ValueError: If the likelihood is one of classes, which has none.
+        """
+        self._refuse_classes("mean")
         return self._join([_mean(parts, lambda fn: fn.mean) for parts in self.batches])
 
     @property
     def variance(self) -> Tensor:
-        """Variance of the mixture: the mean of the variances plus the variance of the means."""
+        """Variance of the mixture: the mean of the variances plus the variance of the means.
+
+        Raises:
+            ValueError: If the likelihood is one of classes, which has none.
+        """
+        self._refuse_classes("variance")
         return self._join([_variance(parts) for parts in self.batches])
 
     def log_prob(self, y: Tensor) -> Tensor:
@@ -189,6 +199,10 @@ class Prediction:
         """
         with torch.no_grad():
             return self._join([_stack(parts, lambda fn: fn.sample()) for parts in self.batches], leading=1)
+
+    def _refuse_classes(self, what: str) -> None:
+        if isinstance(unwrap(self.batches[0][0].fn), td.Categorical):
+            raise ValueError(f"a Categorical likelihood has no {what}; use probs.")
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

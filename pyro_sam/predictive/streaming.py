@@ -258,7 +258,7 @@ def _shown(sizes: Iterable[Any], progress: bool) -> Iterable[Any]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install pyro-sam[progress]") from error
+        raise ImportError('progress=True needs tqdm: pip install "pyro-sam[progress]"') from error
     return tqdm(sizes, desc="predict", unit="run")
 
 

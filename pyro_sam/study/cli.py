@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 def _compare(args: argparse.Namespace) -> int:
     missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[bench].")
+        raise arguments.UsageError(f'{", ".join(missing)} not installed: pip install "pyro-sam[bench]".')
     chosen, seeds = arguments.methods(args.methods), arguments.seeds(args.seeds)
     settings = arguments.settings(args, chosen)
 
@@ -103,7 +103,7 @@ def _choose(
     args: argparse.Namespace, dataset: "Dataset", methods: Sequence[str], settings: "Settings", out: Path
 ) -> "dict[str, Choice]":
     if importlib.util.find_spec("optuna") is None:
-        raise arguments.UsageError("optuna not installed: pip install pyro-sam[tune].")
+        raise arguments.UsageError('optuna not installed: pip install "pyro-sam[tune]".')
     from pyro_sam.study.tuning import choose_all
 
     try:
@@ -115,7 +115,7 @@ def _choose(
 def _tune(args: argparse.Namespace) -> int:
     missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[bench].")
+        raise arguments.UsageError(f'{", ".join(missing)} not installed: pip install "pyro-sam[bench]".')
     chosen = arguments.methods(args.methods)
     settings = arguments.settings(args, chosen)
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_sam._base.arguments import flag, positive, positive_int
+from pyro.infer import SVI
+
+from pyro_sam._base.arguments import flag, function, positive, positive_int
 from pyro_sam.training.loop import Training
 from pyro_sam.training.numbers import by_replica
 from pyro_sam.training.progress import progress as display
@@ -103,6 +105,9 @@ def tune(
             the study is of another search. Nothing is recorded then. If no trial ended with a finite NLL.
         ImportError: If Optuna is missing.
     """
+    if isinstance(build, SVI):
+        raise ValueError("build must be a function from settings to an SVI, such as lambda settings: ..., got an SVI.")
+    function("build", build, "a function from settings to an SVI")
     positive_int("num_trials", num_trials)
     positive_int("num_epochs", num_epochs)
     positive_int("max_replicas", max_replicas)

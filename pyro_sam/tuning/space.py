@@ -22,7 +22,7 @@ def optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("tune needs optuna: pip install pyro-sam[tune]") from error
+        raise ImportError('tune needs optuna: pip install "pyro-sam[tune]"') from error
     return optuna
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     missing = {name: extra for name, extra in _NEEDED.items() if importlib.util.find_spec(name) is None}
     if missing:
         extras = ",".join(dict.fromkeys(missing.values()))
-        raise arguments.UsageError(f"{', '.join(missing)} not installed: pip install pyro-sam[{extras}].")
+        raise arguments.UsageError(f'{", ".join(missing)} not installed: pip install "pyro-sam[{extras}]".')
 
     import torch
 
@@ -159,7 +159,7 @@ def _methods(given: list[str], say: Callable[[str], None]) -> list[str]:
     """Return the methods asked for, or all whose packages are installed."""
     from pyro_sam.study.survey.methods import METHODS
 
-    found, cure = _known("--methods", given, METHODS), "not installed: pip install pyro-sam[outside]."
+    found, cure = _known("--methods", given, METHODS), 'not installed: pip install "pyro-sam[outside]".'
     lacking = [name for name in found or METHODS if not METHODS[name].is_installed]
     if lacking:
         packages = ", ".join(str(METHODS[name].needs) for name in lacking)
