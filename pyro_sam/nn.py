@@ -90,7 +90,17 @@ class BayesianModule(PyroModule):
 
     def is_as_met(self) -> bool:
         """Return whether network and prior are those that the last run's priors were made from."""
-        return bool(self._met.is_same(_network(self), self.prior))
+        return self._met is not None and bool(self._met.is_same(_network(self), self.prior))
+
+    @property
+    def hide(self) -> Any:
+        """Parameters that are left deterministic, as they were given; another value counts from the next run on."""
+        return self._hide
+
+    @hide.setter
+    def hide(self, value: str | Iterable[str] | Callable[[str], bool]) -> None:
+        _hidden_names(_network(self), value)  # refuses what names no parameter, and changes nothing then
+        self._hide, self._met = value, None
 
     def _meet(self) -> None:
         """Take in the network and the prior, where one of them is another one than before, or the prior was edited."""

@@ -308,3 +308,24 @@ def test_the_ascent_of_earlier_steps_outlives_evaluations_of_other_models(fast: 
         same(taken(elbos[1], model, guide, seed), want)
         losses.append(want[0])
     assert losses[1] > losses[0]  # it climbs from the second step on
+
+
+def test_a_network_that_comes_to_be_called_twice_is_refused_by_fast_steps_too() -> None:
+    times = {"n": 1}
+    bnn = ps.BayesianModule(torch.nn.Linear(3, 2))
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        for _ in range(times["n"]):
+            logits = bnn(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    guide, x, y = ps.MeanFieldNormal(model), torch.randn(6, 3), torch.arange(6) % 2
+    elbo = ps.SAM_ELBO(ps.Gaussian())
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide, x, y)
+    times["n"] = 2
+    with pytest.raises(RuntimeError, match=r"[Mm]ultiple.*weight"):
+        elbo.loss_and_grads(model, guide, x, y)
+    times["n"] = 1
+    assert elbo.loss_and_grads(model, guide, x, y) > 0

@@ -96,6 +96,24 @@ def test_gradient_is_the_central_difference(layer: str) -> None:
     torch.testing.assert_close(gradient[1, 0], difference, rtol=1e-8, atol=1e-9)
 
 
+def test_parameters_hidden_later_are_no_latents_from_the_next_run_on() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    bnn, x = BayesianModule(net), torch.ones(5, 3)
+
+    def latents() -> set[str]:
+        return {name for name, node in pyro.poutine.trace(bnn).get_trace(x).nodes.items() if node["type"] == "sample"}
+
+    assert latents() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    bnn.hide = "0"
+    assert bnn.hide == "0"
+    assert latents() == {"1.weight", "1.bias"}
+    with pytest.raises(ValueError, match="hide must name parameters or submodules of net, got '7'"):
+        bnn.hide = "7"
+    assert latents() == {"1.weight", "1.bias"}
+    bnn.hide = ()
+    assert latents() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
 def test_buffers_are_the_networks_own_and_move_once_per_run() -> None:
     net, x = make("BatchNorm")
     weights = draw(net)

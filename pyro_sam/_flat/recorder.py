@@ -63,6 +63,8 @@ class Recorder(Messenger):
 
     def take(self, priors: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the values of the sites with these priors, as if each had been sampled."""
+        if any(priors.keys() & batch.keys() for batch in self.batches):  # a network that is called twice
+            raise Surprise
         self.batches.append(priors)
         try:
             return {name: self.values[name] for name in priors}
