@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -436,3 +437,30 @@ def test_a_coin_between_laws_leaves_the_remembered_gradients_as_an_ordinary_step
     assert losses == pytest.approx(want[0], rel=1e-9)
     for name, value in values.items():
         torch.testing.assert_close(value, want[1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_single_number_of_a_large_array_may_change(replayed: None, caplog: pytest.LogCaptureFixture) -> None:
+    table = np.full(40_000, 0.5)
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w * float(table[12_345]), 1.0), obs=x)
+
+    guide = ps.MeanFieldNormal(model)
+    guide.initialize(X[:, 0])
+    elbos = [ps.SAM_ELBO(ps.Gaussian(), compile=compile, fast=compile) for compile in (True, False)]
+
+    def losses() -> list[float]:
+        found = []
+        for elbo in elbos:
+            pyro.set_rng_seed(0)
+            found.append(elbo.loss_and_grads(model, guide, X[:, 0]))
+        return found
+
+    with caplog.at_level(logging.WARNING):
+        for value in (0.5, 0.5, 0.5, 3.0, 3.0, 0.1):
+            table[12_345] = value
+            compiled, ordinary = losses()
+            assert compiled == pytest.approx(ordinary, rel=1e-4)
+    assert "sees a large NumPy array" in caplog.text

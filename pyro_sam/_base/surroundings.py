@@ -7,10 +7,9 @@ import argparse
 import collections
 import functools
 import operator
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinMethodType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,14 +20,25 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_sam._base.random_state import is_generator
+from pyro_sam._base.seeing import (
+    BEHIND,
+    INTERNAL,
+    NEW,
+    content,
+    global_places,
+    in_slots,
+    is_foreign,
+    is_large,
+    of_function,
+    of_module,
+    put_into,
+    slots,
+)
 
 # by value: they are equal where they are not the same object
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_FOREIGN = frozenset({"torch", "pyro", "numpy", "pyro_sam", *sys.stdlib_module_names} - {"__main__"})
 _LIMIT = 2000  # things looked at
 _LONG = 256  # entries of a collection
-_SMALL = 1 << 16  # bytes of an array
-_SAMPLE = 4096  # elements of a larger one
 
 
 class _Part(NamedTuple):
@@ -48,12 +58,14 @@ class Surroundings:
         modules: The torch modules among it.
         tensors: The tensors among it, those that modules hold aside.
         generators: The random streams among it.
+        has_large_array: Whether there is a NumPy array that is only looked at here and there.
     """
 
     def __init__(self, *roots: Any) -> None:
         self.modules: list[nn.Module] = []
         self.generators: list[Any] = []
         self.tensors: list[Tensor] = []
+        self.has_large_array = False
         self._parts: dict[int, _Part] = {}  # by what they belong to
         self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
         self._seen: dict[int, Any] = {}
@@ -73,7 +85,7 @@ class Surroundings:
             besides: Another look that was just found to be the same: what both hold is not looked at again.
         """
         parts = self._parts.values() if besides is None else self._not_in(besides)
-        return all(map(_is_part_same, parts)) and all(_content(a) == known for a, known in self._arrays)
+        return all(map(_is_part_same, parts)) and all(content(a) == known for a, known in self._arrays)
 
     def _not_in(self, other: "Surroundings") -> list[_Part]:
         """Return the parts that another look does not hold, or holds with other values."""
@@ -109,23 +121,23 @@ class Surroundings:
             if isinstance(item, kinds):
                 visit(self, item)
                 return
-        if not _is_foreign(type(item).__module__):
+        if not is_foreign(type(item).__module__):
             self._visit_object(item)
 
     def _visit_module(self, item: nn.Module) -> None:
         self.modules.append(item)
-        foreign = _is_foreign(type(item).__module__)
+        foreign = is_foreign(type(item).__module__)
         # torch's and Pyro's modules note things for themselves
         names = [
             n for n, v in vars(item).items() if not (foreign and (n.startswith("_") or isinstance(v, dict | list)))
         ]
-        names += [] if foreign else [_NEW]
+        names += [] if foreign else [NEW]
         if isinstance(item, AutoGuide):  # made anew at each run
             names = [name for name in names if name != "plates"]
-        self._add(_Part(read := functools.partial(_of_module, item, names), read(), _put_into(vars(item), names)))
+        self._add(_Part(read := functools.partial(of_module, item, names), read(), put_into(vars(item), names)))
         self._todo += [each for each in item._modules.values() if each is not None]
         if not foreign:
-            self._todo += [vars(item)[name] for name in names if name is not _NEW and name not in _INTERNAL]
+            self._todo += [vars(item)[name] for name in names if name is not NEW and name not in INTERNAL]
             self._todo.append(type(item))
         if priors := vars(item).get("_pyro_samples"):  # of Pyro's PyroModule
             self._todo.append(priors)
@@ -136,7 +148,8 @@ class Surroundings:
         self._watch(lambda: [item.requires_grad, item.dtype])
 
     def _visit_array(self, item: Any) -> None:
-        self._arrays.append((item, _content(item)))
+        self._arrays.append((item, content(item)))
+        self.has_large_array = self.has_large_array or is_large(item)
 
     def _visit_method(self, item: Any) -> None:
         self._todo += [item.__self__, getattr(item, "__func__", None)]
@@ -146,23 +159,23 @@ class Surroundings:
 
     def _visit_descriptor(self, item: Any) -> None:
         """Look behind a property, a static method and the like, at the functions in it."""
-        self._todo += [getattr(item, name, None) for name in _BEHIND]
+        self._todo += [getattr(item, name, None) for name in BEHIND]
 
     def _visit_context_variable(self, item: ContextVar[Any]) -> None:
         self._watch(lambda: [item.get(None)])
 
     def _visit_function(self, item: FunctionType) -> None:
-        if not _is_foreign(item.__module__) or item.__closure__:
-            cells, places = _cells(item), _global_places(item)
+        if not is_foreign(item.__module__) or item.__closure__:
+            closure, places = list(item.__closure__ or ()), global_places(item)
 
             def put(i: int, value: Any) -> None:
-                if i < len(cells):
-                    cells[i].cell_contents = value
-                elif i < len(cells) + len(places):
-                    owner, name = places[i - len(cells)]
+                if i < len(closure):
+                    closure[i].cell_contents = value
+                elif i < len(closure) + len(places):
+                    owner, name = places[i - len(closure)]
                     owner[name] = value
 
-            self._watch(functools.partial(_of_function, item, cells, places), put)
+            self._watch(functools.partial(of_function, item, closure, places), put)
 
     def _visit_dict(self, item: Any) -> None:
         keys = list(item)
@@ -175,7 +188,7 @@ class Surroundings:
         self._watch_entries(item, lambda: list(item), None)
 
     def _visit_type(self, item: type) -> None:
-        if not _is_foreign(item.__module__):
+        if not is_foreign(item.__module__):
             self._watch(lambda: list(vars(item).values()))
             self._todo += item.__bases__
 
@@ -186,11 +199,11 @@ class Surroundings:
             object.__setattr__(item, names[i], value)
 
         if names:
-            self._watch(lambda: [*getattr(item, "__dict__", {}).values(), *_inslots(item)], put)
+            self._watch(lambda: [*getattr(item, "__dict__", {}).values(), *in_slots(item)], put)
         self._todo.append(type(item))
 
     def _watch_entries(self, item: Any, read: Callable[[], list[Any]], put: Any) -> None:
-        if not _is_foreign(type(item).__module__):  # a user's own kind of collection has attributes, too
+        if not is_foreign(type(item).__module__):  # a user's own kind of collection has attributes, too
             self._visit_object(item)
         self._watch(*((lambda: [len(item)], None) if len(item) > _LONG else (read, put)))
 
@@ -242,97 +255,3 @@ def _alike(value: Any, known: Any) -> bool:
     if isinstance(value, list | tuple):
         return len(value) == len(known) and all(map(operator.is_, value, known))
     return isinstance(value, PLAIN) and bool(value == known)
-
-
-_BEHIND = ("fget", "func", "__func__", "__wrapped__")
-
-
-def slots(kind: type) -> Iterator[str]:
-    """Yield the names of the attributes that objects of a kind have outside of their dictionary."""
-    for each in kind.__mro__:
-        if not _is_foreign(each.__module__):
-            slots = vars(each).get("__slots__", ())
-            yield from (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))
-
-
-def _inslots(item: Any) -> list[Any]:
-    return [getattr(item, name, None) for name in slots(type(item))]
-
-
-def _content(array: np.ndarray[Any, Any]) -> bytes:
-    """Return what is in an array: of a large one a sample, as all of it would take too long at every step."""
-    if array.nbytes <= _SMALL:
-        return array.tobytes()
-    if isinstance(array, np.memmap) or not (array.flags.c_contiguous or array.flags.f_contiguous):
-        return b""
-    return array.reshape(-1, order="A")[:: array.size // _SAMPLE + 1].tobytes()
-
-
-def _put_into(owner: dict[str, Any], names: list[str]) -> Callable[[int, Any], None]:
-    def put(i: int, value: Any) -> None:
-        if i < len(names) and names[i] is not _NEW:
-            owner[names[i]] = value
-
-    return put
-
-
-def _of_module(module: nn.Module, names: Iterable[str]) -> list[Any]:
-    """Return what a module holds, itself and in torch's collections."""
-    own = vars(module)
-    found = [len(own) if name is _NEW else own.get(name) for name in names]
-    for name in _COLLECTIONS:
-        if held := own.get(name):
-            found += held.values()
-    return found
-
-
-_COLLECTIONS = (
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-    "_backward_pre_hooks",
-)  # fmt: skip
-_NEW = "(number of attributes)"  # an attribute may hide one of the class
-_INTERNAL = frozenset(vars(nn.Module()))
-
-
-def _of_function(function: FunctionType, cells: Iterable[Any], places: Iterable[tuple[Any, str]]) -> list[Any]:
-    found = [cell.cell_contents if _is_filled(cell) else None for cell in cells]
-    found += [owner.get(name) for owner, name in places]
-    found += [function.__code__, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return [*found, *vars(function).values()]
-
-
-def _cells(function: FunctionType) -> list[Any]:
-    return list(function.__closure__ or ())
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # raises where the variable is not set yet
-    except ValueError:
-        return False
-    return True
-
-
-def _global_places(function: FunctionType) -> list[tuple[dict[str, Any], str]]:
-    """Return where a function's global names are: in its globals, and in modules of the user's own among them."""
-    names, known = _names(function.__code__), function.__globals__
-    owners = [known, *(vars(value) for value in map(known.get, names) if _is_namespace(value))]
-    return [(owner, name) for owner in owners for name in names if name in owner]
-
-
-def _is_namespace(value: Any) -> bool:
-    return isinstance(value, ModuleType) and not _is_foreign(value.__name__)
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """Return the names that code looks up, functions inside of it included."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(dict.fromkeys(_names(constant)))
-    return tuple(names)
-
-
-def _is_foreign(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _FOREIGN

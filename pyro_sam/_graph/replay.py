@@ -223,6 +223,8 @@ def _refuse(form: _Form, leaves: Sequence[Any], pair: Pair) -> None:
             raise CannotCapture(f"an argument is of type {type(leaf).__name__}, whose content may change unseen")
         if isinstance(leaf, Tensor) and (type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided):
             raise CannotCapture(f"an argument is a {type(leaf).__name__} of layout {leaf.layout}")
+    if pair.seen.has_large_array:
+        raise CannotCapture("the model sees a large NumPy array, which may change unseen: make it a tensor")
     if len(form.variants) == _VARIANTS and all(variant.uses < _PAYS for variant in form.variants):
         raise CannotCapture("what the model sees besides its arguments, or a setting, changes every few steps")
     lately = pair.graphs.values()[-_WASTED - 1 : -1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_sam._base.random_state import is_generator, same_state, set_state_of, state_of
-from pyro_sam._base.surroundings import slots
+from pyro_sam._base.seeing import slots
 from pyro_sam.perturbation import Adversarial, AscendedSample, Gaussian, Mean, MixSAM, Mixture, NoiseSpace, Perturbation
 
 OURS = (Mean, Gaussian, Adversarial, AscendedSample, MixSAM)  # they do not write into what they are given
