@@ -198,7 +198,7 @@ class Surroundings:
         def put(i: int, value: Any) -> None:
             object.__setattr__(item, names[i], value)
 
-        if names:
+        if names or hasattr(item, "__dict__"):  # one without attributes may get some
             self._watch(lambda: [*getattr(item, "__dict__", {}).values(), *in_slots(item)], put)
         self._todo.append(type(item))
 

@@ -135,7 +135,9 @@ class Particle:
         numbers of a training do not depend on which of its steps was the first, before or after an interruption.
         """
         pair = self.pair
-        if self.fast and pair.failures < PATIENCE and (self._is_promising() or not self._met()):
+        kinds = pair.known.values()
+        can_be_flat = not kinds or any(known.has_all for known in kinds)  # a look is wasted on sums over latents
+        if self.fast and pair.failures < PATIENCE and can_be_flat and (self._is_promising() or not self._met()):
             start = RandomState.capture(self.call.streams)
             for is_rehearsed in (False, True):
                 if self._is_promising() and (found := self._take_flat(take, start, graph=graph)) is not None:
