@@ -85,7 +85,7 @@ def _differences(rows: Rows, path: Path, make: Any) -> Path:
 
     data, methods = data_of(rows), [name for name in methods_of(rows) if name != BASELINE]
     found = {name: differences(rows, name) for name in data}
-    figure = make(figsize=(7, 1.2 + (0.22 + 0.09 * len(methods)) * len(data)), layout="constrained")
+    figure = make(figsize=(7, 1.2 + (0.16 + 0.05 * len(methods)) * len(data)), layout="constrained")
     axis = figure.subplots()
     for k, method in enumerate(methods):
         places = [i for i, name in enumerate(data) if method in found[name]]
@@ -96,7 +96,7 @@ def _differences(rows: Rows, path: Path, make: Any) -> Path:
             [i + shift for i in places],
             xerr=[2 * each.error for each in drawn],
             fmt="o",
-            markersize=4,
+            markersize=3,
             capsize=2,
             color=f"C{k}",
             label=method,
@@ -125,7 +125,7 @@ def _trials(records: Records, path: Path, make: Any) -> Path:
         for k, method in enumerate(_CURVES):
             trials = found.get((name, method), [])
             axis.plot(
-                [w for w, _ in trials], [nll for _, nll in trials], ".", color=f"C{k}", markersize=4, label=method
+                [w for w, _ in trials], [nll for _, nll in trials], ".", color=f"C{k}", markersize=3, label=method
             )
         lowest = sorted(nll for (each, _), trials in found.items() if each == name for _, nll in trials)
         axis.set(xlabel="kl_weight", ylabel="validation NLL", xscale="log")
