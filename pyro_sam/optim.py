@@ -16,8 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from pyro_sam._base.arguments import numbers, positive
-from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.replicas import norms, number_in
+from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._base.torch_optimisers import (
     can_fuse,
     check_constructor,
@@ -158,19 +159,23 @@ class JointOptim(PyroOptim):
                 )
             return loss, params
 
-        return self.descend(evaluate)
+        return self.descend(evaluate, Surroundings(svi.model, svi.guide).generators)
 
-    def descend(self, evaluate: Callable[[], tuple[Any, Mapping[str, Tensor]]]) -> float:
+    def descend(
+        self, evaluate: Callable[[], tuple[Any, Mapping[str, Tensor]]], own_streams: Sequence[Any] = ()
+    ) -> float:
         """Do what :meth:`minimize` does with a function that takes the place of ``svi.loss_and_grads``.
 
         Args:
             evaluate: Returns a loss, and by name the parameters whose gradients it has left in ``.grad``. Where it
                 raises, the step ends with parameters and the optimiser's state as they were before.
+            own_streams: Generators that it draws from besides the default ones of torch, NumPy and Python, to see the
+                same noise at every evaluation.
 
         Returns:
             The loss before the step.
         """
-        start = RandomState.capture()
+        start = RandomState.capture(Streams(own=tuple(own_streams)))
 
         def again() -> Any:
             start.restore()

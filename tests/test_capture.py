@@ -439,17 +439,26 @@ def test_a_coin_between_laws_leaves_the_remembered_gradients_as_an_ordinary_step
         torch.testing.assert_close(value, want[1][name], rtol=1e-9, atol=1e-9)
 
 
-def test_a_single_number_of_a_large_array_may_change(replayed: None, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("who", ["model", "hide", "law"])
+def test_a_single_number_of_a_large_array_may_change(
+    replayed: None, caplog: pytest.LogCaptureFixture, who: str
+) -> None:
     table = np.full(40_000, 0.5)
 
+    class Weighted(ps.Perturbation):
+        def noise(self, space: ps.NoiseSpace) -> torch.Tensor:
+            return float(table[12_345]) * space.gaussian()
+
     def model(x: torch.Tensor) -> None:
-        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        w, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "wb")
         with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Normal(w * float(table[12_345]), 1.0), obs=x)
+            pyro.sample("obs", dist.Normal(w * (float(table[12_345]) if who == "model" else 1.0) + b, 1.0), obs=x)
 
     guide = ps.MeanFieldNormal(model)
     guide.initialize(X[:, 0])
-    elbos = [ps.SAM_ELBO(ps.Gaussian(), compile=compile, fast=compile) for compile in (True, False)]
+    law = Weighted() if who == "law" else ps.Mean()
+    hide: Any = (lambda name: name == "w" and bool(table[12_345] > 1.0)) if who == "hide" else ()
+    elbos = [ps.SAM_ELBO(law, hide=hide, compile=compile, fast=compile) for compile in (True, False)]
 
     def losses() -> list[float]:
         found = []

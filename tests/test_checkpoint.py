@@ -1,6 +1,8 @@
 """A run that was killed, or whose files were damaged, goes on to the same end; what cannot be used says why."""
 
+import copy
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -15,13 +17,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from torch import Tensor
+from torch import Tensor, nn
 from trainee import killed, train
 
 import pyro_sam as ps
-from pyro_sam.training import checkpoint
-from pyro_sam.training.checkpoint import FORMAT, MAGIC, CheckpointError, previous, random_states, read, read_last, write
+from pyro_sam.training.checkpoint import FORMAT, MAGIC, CheckpointError, previous, read, read_last, write
 from pyro_sam.training.estimator import elbo_settings
+from pyro_sam.training.streams import random_states, restore_random_states
 
 
 @pytest.fixture(autouse=True)
@@ -363,11 +365,71 @@ def test_it_tells_what_made_it(tmp_path: Path) -> None:
 
 
 def test_all_random_streams_go_back() -> None:
+    own = [torch.Generator(), *STREAMS.values()]
+
     def draw() -> list[float]:
-        return [random.gauss(0, 1), random.random(), float(np.random.randn()), float(torch.randn(()))]  # noqa: NPY002
+        common = [random.gauss(0, 1), random.random(), float(np.random.randn()), float(torch.randn(()))]  # noqa: NPY002
+        return common + [float(torch.randn((), generator=own[0]))] + [float(draw_of(each)) for each in own[1:]]
 
     draw()  # numpy and Python keep half a pair of normals
-    states = random_states()
+    states = torch.load(saved(random_states(own)), weights_only=True)
     first = draw()
-    checkpoint.restore_random_states(states)
+    restore_random_states(states, own)
     assert draw() == first
+
+
+STREAMS = {
+    "torch": torch.Generator(),
+    "numpy": np.random.default_rng(1),
+    "mersenne": np.random.Generator(np.random.MT19937(1)),
+    "philox": np.random.Generator(np.random.Philox(1)),
+    "legacy": np.random.RandomState(1),
+    "python": random.Random(1),
+}
+
+
+def draw_of(stream: Any) -> float:
+    if isinstance(stream, torch.Generator):
+        return float(torch.rand((), generator=stream))
+    return float(stream.gauss(0, 1) if isinstance(stream, random.Random) else stream.normal())
+
+
+def saved(content: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+def test_a_models_own_random_stream_goes_on(kind: str, tmp_path: Path) -> None:
+    """The noise that a model draws from a generator of its own, which nothing but the model and Python knows."""
+    x = torch.linspace(-1, 1, 12)[:, None]
+
+    def run(file: Any, dies: int = 0) -> dict[str, Tensor]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        stream = copy.deepcopy(STREAMS[kind]) if kind != "torch" else torch.Generator().manual_seed(1)
+        bnn = ps.BayesianModule(nn.Linear(1, 1))
+
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            nonlocal dies
+            dies -= 1
+            if dies == 0:
+                raise Killed
+            mean = bnn(x)[:, 0] + 0.1 * draw_of(stream)
+            with pyro.plate("data", 12, subsample_size=len(x)):
+                pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
+
+        optim = ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.01})
+        svi = SVI(model, ps.MeanFieldNormal(model, init_scale=0.05), optim, ps.SAM_ELBO(ps.AscendedSample()))
+        batches = [(x[:5], x[:5, 0]), (x[5:], x[5:, 0])]
+        keep = file and ps.Checkpoint(file, every=1)
+        ps.fit(svi, batches, 4, progress=False, checkpoint=keep, validation=(x, x[:, 0]))
+        return {name: value.detach() for name, value in pyro.get_param_store().items()}
+
+    straight = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path / "c", 60)
+    assert 2 < read(tmp_path / "c")["step"] < 8
+    assert_equal(run(tmp_path / "c"), straight)

@@ -3,6 +3,8 @@
 import builtins
 import copy
 import os
+import pickle
+import random
 import signal
 import threading
 import time
@@ -11,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -23,6 +26,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
+from pyro_sam._base.random_state import state_of
 from pyro_sam.optim import JointOptim
 from pyro_sam.training.checkpoint import Checkpoint, read
 from pyro_sam.training.loop import Training
@@ -252,6 +256,41 @@ def test_lbfgs_under_fit_is_torchs_own_bit_for_bit() -> None:
     assert_equal(params(), straight)
     assert history["loss"] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-14)
     assert history["grad_norm"] == pytest.approx([sum(norms[:2]) / 2, sum(norms[2:]) / 2], rel=1e-12)
+
+
+@pytest.mark.parametrize("under", ["fit", "minimize"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python", "numpys global"])
+def test_all_evaluations_of_a_step_see_the_same_noise_of_any_stream(kind: str, under: str) -> None:
+    streams: dict[str, Any] = {
+        "torch": torch.Generator(),
+        "numpy": np.random.default_rng(1),
+        "python": random.Random(1),
+        "numpys global": np.random,
+    }
+    stream, steps = streams[kind], list[list[bytes]]()
+
+    def model(x: Tensor) -> None:
+        noise = torch.rand((), generator=stream).item() if kind == "torch" else stream.uniform(0.0, 1.0)
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(w * x + noise, 1.0).to_event(1), obs=x)
+
+    class Watching(ps.SAM_ELBO):
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+            state = state_of(stream)
+            steps[-1].append(pickle.dumps(state.tolist() if isinstance(state, Tensor) else state))
+            return super().loss_and_grads(*args, **kwargs)
+
+    x = torch.linspace(-1, 1, 5)
+    svi = SVI(model, ps.MeanFieldNormal(model), lbfgs(), Watching(ps.Mean()))
+    for _ in range(3):
+        steps.append([])
+        if under == "fit":
+            fit(svi, [x], 1)
+        else:
+            svi.optim.minimize(svi, x)
+    assert min(map(len, steps)) > 1
+    assert [len(set(states)) for states in steps] == [1, 1, 1]
+    assert len({states[0] for states in steps}) == 3
 
 
 @pytest.mark.parametrize("evaluation", [1, 2, 3])

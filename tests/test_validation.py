@@ -166,6 +166,51 @@ def test_training_and_streams_and_buffers_and_modes_are_those_without_validation
         assert trace_of(validation) == straight
 
 
+class Own(nn.Module):
+    """Noise from a generator of its own, and a buffer that its method writes to: nobody calls the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = torch.Generator().manual_seed(4)
+        self.register_buffer("sum", torch.zeros(()))
+
+    def noise(self) -> Tensor:
+        value = torch.rand((), generator=self.stream)
+        self.sum += value
+        return value
+
+
+@pytest.mark.parametrize("elbo", [ps.SAM_ELBO(), Trace_ELBO()], ids=["SAM_ELBO", "Trace_ELBO"])
+def test_the_models_own_streams_and_buffers_are_those_of_the_steps_alone(elbo: Any) -> None:
+    """Nor do the terms of a loss that does not tell them, as Pyro's, cost the model a draw."""
+    x, y = batch(8)
+
+    def run(train: Any) -> tuple[Any, ...]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        own = Own()
+
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(w * x[:, 0] + own.noise(), 0.1), obs=y)
+
+        guide = ps.MeanFieldNormal(model)
+        guide.initialize(x, y)
+        own.stream.manual_seed(5)
+        own.sum.zero_()
+        train(SVI(model, guide, ps.optim.JointOptim(torch.optim.SGD, {"lr": 1e-3}), elbo))
+        kept = {name: value.tolist() for name, value in pyro.get_param_store().items()}
+        return kept, own.stream.get_state().tolist(), float(own.sum)
+
+    straight = run(lambda svi: [svi.step(x, y) for _ in range(3)])
+    assert run(lambda svi: ps.fit(svi, [(x, y)], 3, progress=False)) == straight
+    assert (
+        run(lambda svi: ps.fit(svi, [(x, y)], 3, progress=False, validation=(x, y), restore_best_weights=False))
+        == straight
+    )
+
+
 def test_a_generator_that_both_loaders_share_is_left_alone() -> None:
     def run(validate: bool) -> list[float]:
         self_clearing(None)

@@ -73,7 +73,6 @@ def capture(
         CannotCapture: If the step reads values of tensors, or a module replaces a buffer.
     """
     streams = Streams(own=call.streams.own)
-    streams = Streams(own=call.streams.own)
     here, averages = RandomState.capture(streams), _averages(memory())
     with rewound(here, streams):
         with kept_buffers(call.modules), poutine.trace(param_only=True) as seen, called_modules() as modules:

@@ -104,6 +104,11 @@ class Variant:
             return False
         return self._seen.is_same(seen) and all(tensor.item() == value for tensor, value in self._captured.reads)
 
+    @property
+    def has_large_array(self) -> bool:
+        """Whether the step sees an array that is only looked at here and there."""
+        return self._seen.has_large_array
+
     def has_hooks(self) -> bool:
         """Return whether somebody asked autograd to be called at a parameter."""
         leaves: Sequence[Any] = self._captured.targets
@@ -180,13 +185,14 @@ def replayed(
             _refuse(form, leaves, pair)
             captured = capture(call, first, fill, lambda: pair.memory, inputs)
             _refuse_restless(law, settings, pair)
+            variant = Variant(captured, call, settings.functions(), _state(pair))
+            _refuse_large_arrays(variant.has_large_array)
         except CannotCapture as reason:
             law.restore()
             if str(reason) != pair.uncaptured:
                 log.warning("compile=True: the step is not compiled, because %s.", reason)
             form.refused, pair.uncaptured = True, str(reason)
             return None
-        variant = Variant(captured, call, settings.functions(), _state(pair))
         form.variants = [variant, *form.variants[: _VARIANTS - 1]]
     return None if variant.has_hooks() else variant.run(inputs)
 
@@ -223,13 +229,17 @@ def _refuse(form: _Form, leaves: Sequence[Any], pair: Pair) -> None:
             raise CannotCapture(f"an argument is of type {type(leaf).__name__}, whose content may change unseen")
         if isinstance(leaf, Tensor) and (type(leaf) not in (Tensor, nn.Parameter) or leaf.layout != torch.strided):
             raise CannotCapture(f"an argument is a {type(leaf).__name__} of layout {leaf.layout}")
-    if pair.seen.has_large_array:
-        raise CannotCapture("the model sees a large NumPy array, which may change unseen: make it a tensor")
+    _refuse_large_arrays(pair.seen.has_large_array)
     if len(form.variants) == _VARIANTS and all(variant.uses < _PAYS for variant in form.variants):
         raise CannotCapture("what the model sees besides its arguments, or a setting, changes every few steps")
     lately = pair.graphs.values()[-_WASTED - 1 : -1]
     if len(lately) == _WASTED and not any(variant.uses > 1 for each in lately for variant in each.variants):
         raise CannotCapture("none of its last captures was of use again: shapes or settings differ at every step")
+
+
+def _refuse_large_arrays(are_seen: bool) -> None:
+    if are_seen:
+        raise CannotCapture("the step sees a large NumPy array, which may change unseen: make it a tensor")
 
 
 def _environment() -> Hashable:

@@ -10,17 +10,13 @@ import json
 import os
 import pickle
 import platform
-import random
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-
-from pyro_sam._base.random_state import RandomState
 
 MAGIC = b"pyro-sam checkpoint\n"
 FORMAT = 1
@@ -144,28 +140,6 @@ def versions() -> dict[str, str]:
     """Return the versions of what a result may depend on."""
     names = ("pyro-sam", "pyro-ppl", "torch", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of the random streams of torch, CUDA, numpy and Python, as plain values."""
-    torch_state = RandomState.capture()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # models may draw from the global stream
-    return {
-        "torch": torch_state.cpu,
-        "cuda": list(torch_state.cuda),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Put all random streams into states that :func:`random_states` returned."""
-    cuda = states["cuda"] if torch.cuda.is_available() else []
-    RandomState(states["torch"], tuple(cuda)).restore()
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
 
 
 def _sync_directory(directory: Path) -> None:

@@ -14,7 +14,6 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_sam._base import ranks as distributed
-from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.replicas import replicas_of
 from pyro_sam.optim import JointOptim
 from pyro_sam.training import checkpoint as files
@@ -27,7 +26,7 @@ from pyro_sam.training.advice import (
 )
 from pyro_sam.training.annealing import Anneal
 from pyro_sam.training.best import Best
-from pyro_sam.training.checkpoint import Checkpoint, CheckpointError, random_states, restore_random_states
+from pyro_sam.training.checkpoint import Checkpoint, CheckpointError
 from pyro_sam.training.collapse import Watch
 from pyro_sam.training.estimator import elbo_of, elbo_settings, elbo_state, loss_of_all, norm_of_all, restore_elbo
 from pyro_sam.training.interrupt import deferred_interrupt
@@ -36,6 +35,7 @@ from pyro_sam.training.optimisers import close_epoch, learning_rate, load_optim
 from pyro_sam.training.position import Position, arguments, check_arguments
 from pyro_sam.training.progress import progress as display
 from pyro_sam.training.stopping import EarlyStopping
+from pyro_sam.training.streams import own_streams, untouched
 from pyro_sam.training.terms import TermSums, mean_pair, terms
 from pyro_sam.training.trained import Trained
 from pyro_sam.training.validation import Validation
@@ -87,7 +87,7 @@ class Training:
         self.best = Best()
         self._validation, self._restore_best = validation, restore_best_weights
         self._callbacks = tuple(callbacks)
-        self._trained, self._position = Trained(), Position(loader)
+        self._trained, self._position = Trained(), Position(loader, lambda: own_streams(svi.model, svi.guide))
         self._sums: dict[str, Number] = {"loss": 0.0, "grad_norm": 0.0}
         self._terms = TermSums()
         self._watch = Watch()
@@ -191,7 +191,7 @@ class Training:
             return loss, used
 
         if isinstance(optim, JointOptim) and optim.needs_closure:
-            optim.descend(evaluate)
+            optim.descend(evaluate, own_streams(self.svi.model, self.svi.guide))
         else:
             params = set(evaluate()[1].values())
             optim(params)
@@ -224,10 +224,9 @@ class Training:
     def _evaluate(self, batch: Any) -> None:
         """Evaluate the loss, so that all parameters exist and are known."""
         args, kwargs = arguments(batch)
-        states = random_states()
-        with self._trained.found(modules=True), torch.no_grad(), kept_buffers():
-            self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs)
-        restore_random_states(states)
+        model, guide = self.svi.model, self.svi.guide
+        with self._trained.found(modules=True), torch.no_grad(), untouched(model, guide):
+            self.svi.loss(model, guide, *args, **kwargs)
 
     def _means(self) -> dict[str, Number]:
         return {name: mapped(lambda total: total / self.batch, total) for name, total in self._sums.items()}

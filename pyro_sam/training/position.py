@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pyro_sam.training.checkpoint import random_states, restore_random_states
+from pyro_sam.training.streams import random_states, restore_random_states
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -41,10 +41,11 @@ class Position:
 
     Args:
         loader: Any iterable that can be iterated anew.
+        own: Returns the random streams of the model's own.
     """
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, own: Callable[[], list[Any]] = list) -> None:
+        self.loader, self._own = loader, own
         self.start: dict[str, Any] = {}  # random states as the epoch began
         self.last: Any = None  # the last batch
 
@@ -68,12 +69,12 @@ class Position:
         for _ in range(done):
             self.last = next(iterator, None)
         if now is not None and done:
-            restore_random_states(now)
+            restore_random_states(now, self._own())
         return iterator
 
     def states(self) -> dict[str, Any]:
         """Return all random states, those of the loader's own generators among them."""
-        return {**random_states(), "generators": [generator.get_state() for generator in self.generators()]}
+        return {**random_states(self._own()), "generators": [generator.get_state() for generator in self.generators()]}
 
     def generators(self) -> list[torch.Generator]:
         """Return the loader's own random streams."""
@@ -82,6 +83,6 @@ class Position:
         return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
     def _restore(self, states: dict[str, Any]) -> None:
-        restore_random_states(states)
+        restore_random_states(states, self._own())
         for generator, state in zip(self.generators(), states["generators"], strict=True):
             generator.set_state(state)

@@ -10,14 +10,13 @@ from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
-from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.ranks import gathered
 from pyro_sam._base.replicas import of_replica, speaking
 from pyro_sam._step.call import Call
 from pyro_sam._step.loss import data_loss, kl_loss, latent_sites
 from pyro_sam._step.minibatch import follow_minibatch
-from pyro_sam.training.checkpoint import random_states, restore_random_states
 from pyro_sam.training.numbers import Number, each, mapped
+from pyro_sam.training.streams import untouched
 
 Pair = Sequence[Tensor | float]
 
@@ -39,15 +38,11 @@ class Terms:
 
 def terms(svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | None:
     """Return the terms of the loss, leaving no trace; None for a guide that does not sample all latents."""
-    states = random_states()
-    try:
-        with torch.no_grad(), kept_buffers(), speaking(svi.guide, 0):
-            args, kwargs = of_replica((args, kwargs), 0)
-            guide = follow_minibatch(Call(svi.model, svi.guide, args, kwargs))
-            run = poutine.trace(guide).get_trace(*args, **kwargs)
-            model = poutine.trace(poutine.replay(svi.model, trace=run)).get_trace(*args, **kwargs)
-    finally:
-        restore_random_states(states)
+    with untouched(svi.model, svi.guide), torch.no_grad(), speaking(svi.guide, 0):
+        args, kwargs = of_replica((args, kwargs), 0)
+        guide = follow_minibatch(Call(svi.model, svi.guide, args, kwargs))
+        run = poutine.trace(guide).get_trace(*args, **kwargs)
+        model = poutine.trace(poutine.replay(svi.model, trace=run)).get_trace(*args, **kwargs)
     if not latent_sites(model).keys() <= run.nodes.keys():
         return None
     observed = [site for site in model.nodes.values() if site["type"] == "sample" and site["is_observed"]]

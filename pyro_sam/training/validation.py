@@ -16,8 +16,6 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_sam._base.arguments import positive_int
-from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.ranks import gathered
 from pyro_sam._base.replicas import check_own, has_own, of_replica, replicas_of, speaking
 from pyro_sam.predictive import Prediction, predict
@@ -25,6 +23,7 @@ from pyro_sam.training.advice import not_finite
 from pyro_sam.training.numbers import Number
 from pyro_sam.training.observation import Observation, can_run, observation
 from pyro_sam.training.position import Position, arguments, check_arguments
+from pyro_sam.training.streams import untouched
 
 _SEED = 0  # of every look: what differs between epochs is the posterior, not the noise
 
@@ -66,7 +65,7 @@ class Validation:
 
     def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Raise ValueError unless the first batch has what the model observes; the model runs once, at its prior."""
-        with _unseen(self.data, ()), pyro.get_param_store().scope(), torch.no_grad():
+        with _unseen(self.data, model, guide, ()), pyro.get_param_store().scope(), torch.no_grad():
             batch = next(iter(self.batches()), None)
             if batch is None:
                 raise ValueError("validation must hold observations, got no batch.")
@@ -87,7 +86,7 @@ class Validation:
             modules: Modules that run; they are in evaluation mode meanwhile.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
-        with _unseen(self.data, modules):
+        with _unseen(self.data, svi.model, svi.guide, modules):
             for batch in self.batches():
                 args = _by_place(svi.model, batch)
                 _check_rows(args)
@@ -137,20 +136,18 @@ class Validation:
 
 
 @contextmanager
-def _unseen(data: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
+def _unseen(data: Any, model: Any, guide: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Leave random streams, buffers and modes as they were; inside, streams start anew and modules evaluate."""
     modes = {part: part.training for module in modules for part in module.modules()}
-    now = RandomState.capture(Streams(own=tuple(Position(data).generators())))
-    pyro.set_rng_seed(_SEED)
-    try:
-        for part in modes:
-            part.training = False
-        with kept_buffers():
+    with untouched(model, guide, Position(data).generators()):
+        pyro.set_rng_seed(_SEED)
+        try:
+            for part in modes:
+                part.training = False
             yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        now.restore()
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
 
 
 def _run(model: Callable[..., Any], guide: Any, r: int, *args: Any) -> Trace:
