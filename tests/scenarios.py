@@ -26,6 +26,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -1745,6 +1746,31 @@ def reseed(world: World) -> None:
     pyro.set_rng_seed(11)
 
 
+def late(draw: Callable[[], Any], guide: Any = None) -> Callable[[], World]:
+    """Return a builder of a network whose model comes to draw from a stream that it left alone when it was met."""
+
+    def build() -> World:
+        knobs, net = Knobs(), nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        bnn = ps.BayesianModule(net)
+
+        def model(x: Tensor, y: Tensor) -> None:
+            mean = bnn(x).squeeze(-1)
+            observe(x, y, mean * float(draw()) if knobs.on else mean)
+
+        return World(model, modules=[net, bnn], knobs=knobs, guide=guide and guide(model))
+
+    return build
+
+
+def numpy_normal() -> float:
+    return np.random.normal(1.0)  # noqa: NPY002  # the global stream is meant; it keeps half a pair
+
+
+def on_within_a_pair(world: World) -> None:
+    numpy_normal()
+    on(world)
+
+
 STREAMS = [
     Scenario("torch's stream reseeded", by_hand(mean=torch_noise), reseed),
     Scenario("model draws otherwise", by_hand(mean=torch_noise), on, off),
@@ -1765,6 +1791,10 @@ STREAMS = [
         by_hand(mean=from_generator, kind=SimpleNamespace, generator=lambda: torch.Generator().manual_seed(4)),
         knob_of("generator", lambda g: g.manual_seed(9)),
     ),
+    Scenario("model comes to draw from NumPy's stream", late(numpy_normal), on, off),
+    Scenario("model comes to draw half a pair from NumPy's stream", late(numpy_normal), on_within_a_pair, off),
+    Scenario("model comes to draw from Python's stream", late(lambda: random.gauss(1.0, 1.0)), on, off),
+    Scenario("model of an autoguide comes to draw from NumPy's stream", late(numpy_normal, AutoNormal), on, off),
     Scenario("dropout reseeded", layers(dropout), reseed),
     Scenario("a stream drawn from in between", layers(dropout), lambda world: torch.rand(3)),
 ]

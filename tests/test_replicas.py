@@ -3,12 +3,15 @@
 import gc
 import io
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -113,6 +116,37 @@ LAWS: dict[str, Callable[[Any], ps.Perturbation]] = {
     "AscendedSample": lambda number: ps.AscendedSample(number),
     "Mixture": lambda number: ps.Mixture((ps.Adversarial(number), ps.AscendedSample(number)), (1.0, 0.0)),
 }
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "NumPy's stream": lambda: np.random.normal,
+    "Python's stream": lambda: random.random,
+    "a generator of NumPy's": lambda: np.random.default_rng(1).normal,
+    "a generator of torch's": lambda: partial(torch.rand, (), generator=torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("law", [ps.Gaussian(), ps.AscendedSample()], ids=str)
+def test_a_draw_from_another_stream_is_each_replicas_own(kind: str, law: ps.Perturbation) -> None:
+    """Mapped over replicas, a model draws from it once for all of them; fast and ordinary steps draw for each."""
+
+    def steps(**settings: Any) -> list[Tensor]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        bnn, draw = ps.BayesianModule(nn.Linear(4, 2)), DRAWS[kind]()
+
+        def model(x: Tensor, y: Tensor) -> None:
+            logits = bnn(x) * (1.0 + float(draw()))
+            with pyro.plate("data", 50, subsample_size=len(x)):
+                pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+        guide = ps.MeanFieldNormal(model, init_scale=0.2, num_replicas=R)
+        elbo = ps.SAM_ELBO(law, **settings)
+        return [elbo.loss_and_grads(model, guide, X, LABELS) and elbo.replica_losses for _ in range(3)]
+
+    for fast, ordinary in zip(steps(), steps(fast=False), strict=True):
+        torch.testing.assert_close(fast, ordinary, rtol=1e-12, atol=0.0)
 
 
 class Noise:

@@ -124,9 +124,7 @@ class ReplicaPasses(FlatPasses):
             with self._stream(), mappable(self._pair.seen.modules):
                 outputs = list(vmap(one, randomness="different")(*values, *q, *own))
         except RuntimeError as error:  # if it is not the map's doing, the ordinary way says the same
-            if not self._pair.unmappable:
-                self._pair.unmappable = str(error).splitlines()[0]
-                log.warning("replicas run one after the other, which is slow: %s", self._pair.unmappable)
+            say_unmappable(self._pair, str(error).splitlines()[0])
             raise Surprise from error
         rest, has_kl, has_holds = found
         if has_holds:
@@ -170,6 +168,13 @@ class ReplicaPasses(FlatPasses):
         single = FlatNormal(self.flat.layout.of_one(), loc, scale)
         terms, is_estimate = kl_terms(run, known.normal(run, single), single)
         return reduce(add, terms, 0.0), known, is_estimate
+
+
+def say_unmappable(pair: Any, reason: str) -> None:
+    """Say, once for a model and guide, why their replicas cannot run as one."""
+    if not pair.unmappable:
+        pair.unmappable = reason
+        log.warning("replicas run one after the other, which is slow: %s", reason)
 
 
 class ReplicaRan(FlatRan):

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState, Streams
+from pyro_sam._base.global_streams import GlobalStreams
+from pyro_sam._base.random_state import Streams
 from pyro_sam._base.recent import Recent
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call, told_by
@@ -50,6 +51,8 @@ class Pair:
         unmappable: Why replicas run one after the other, if so.
         draws: Whether the model drew random numbers besides its plates' indices in the last run mapped over replicas;
             None if there was none.
+        draws_elsewhere: Whether, with replicas, it drew from another stream than torch's, as each does by itself.
+        global_streams: Where Python's and NumPy's streams were at the start of the last flat step.
     """
 
     model: Any
@@ -71,6 +74,8 @@ class Pair:
     lost: set[int] = field(default_factory=set)
     unmappable: str = ""
     draws: bool | None = None
+    draws_elsewhere: bool = False
+    global_streams: GlobalStreams = field(default_factory=GlobalStreams)
     _nesting: int | None = None
     _changes: int = 0
     _told: Hashable = ()
@@ -135,10 +140,10 @@ class Pair:
         written = tuple(module for module in modules if module._buffers and module not in own)
         return replace(call, streams=replace(streams, own=tuple(generators)), modules=written)
 
-    def note_streams(self, before: RandomState, call: Call) -> None:
-        """Note which streams a run moved: later fast steps need not look at the others."""
-        moved = RandomState.capture(call.streams).moved(before)
-        self._streams = Streams(python=moved.python, numpy=moved.numpy)
+    def note_streams(self, moved: Streams) -> None:
+        """Note which streams a run moved: later fast steps share them, and need not copy the others."""
+        known = self._streams or Streams(python=False, numpy=False)
+        self._streams = Streams(python=known.python or moved.python, numpy=known.numpy or moved.numpy)
 
 
 class Knowledge:

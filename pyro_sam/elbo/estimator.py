@@ -321,6 +321,8 @@ class SAM_ELBO(ELBO):
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
         if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
             return None
+        if not (len(pair.valid) or isinstance(call.guide, MeanFieldNormal)):
+            return None  # parameters of another guide come to be in its first step, some at random
         start, single = RandomState.capture(), replicas_of(call.guide) is None
         law = settings.perturbation.toss() if settings.num_particles == 1 and single else settings.perturbation
         if law is not settings.perturbation:

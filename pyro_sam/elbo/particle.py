@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import pyro
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from pyro_sam._base.arguments import Numbers
 from pyro_sam._base.buffers import kept_buffers
-from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.global_streams import GlobalStreams
+from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.replicas import replicas_of
 from pyro_sam._flat.passes import FlatPasses, KnownModel
 from pyro_sam._flat.recorder import Surprise
-from pyro_sam._flat.replicas import ReplicaPasses
+from pyro_sam._flat.replicas import ReplicaPasses, say_unmappable
 from pyro_sam._step import checks
 from pyro_sam._step.call import Call
 from pyro_sam._step.enumeration import enumerated_dims
@@ -111,7 +112,7 @@ class Particle:
 
     def _single(self, replica: int | None = None, held: dict[str, Tensor] | None = None) -> OrdinaryPasses:
         """Return ordinary passes of the guide, or of one of its replicas."""
-        call = self.call if replica is None else self.call.of_replica(replica)
+        call = _all(self.call if replica is None else self.call.of_replica(replica))
         model, guide = call.model, follow_minibatch(call)
         here = call.with_functions(model, guide if replica is None else OneReplica(call.guide, guide, replica))
         if self.settings.together > 1:
@@ -149,7 +150,6 @@ class Particle:
                     pair.failures += 1
                     break
                 self._rehearse()
-                start.restore()
         with kept_buffers(self.call.modules, on_error_only=True):
             return take(self.ordinary())
 
@@ -159,10 +159,15 @@ class Particle:
             return None
         buffers, law = passes.buffers, LawState(self.law)
         buffers.watch()
+        others = self.pair.global_streams
+        others.mark()
         try:
-            return (take(passes),)
+            found = take(passes)
+            self._check_streams(start, others)
+            return (found,)
         except Surprise:
             buffers.restore()
+            others.restore()
             start.restore()
             law.restore()
             return None
@@ -171,6 +176,23 @@ class Particle:
             raise
         finally:
             buffers.look_away()
+
+    def _check_streams(self, start: RandomState, others: GlobalStreams) -> None:
+        """Look at whether the step drew from streams that its passes, or its replicas, did not share as they should.
+
+        Raises:
+            Surprise: If it did.
+        """
+        moved, pair, shared = others.moved(), self.pair, self.call.streams
+        if self._num_replicas is not None:
+            own = RandomState.capture(shared).moved(start).own
+            if moved.python or moved.numpy or own:
+                pair.draws_elsewhere = True
+                say_unmappable(pair, "the model draws random numbers that are not of torch's default stream")
+                raise Surprise
+        if moved.python > shared.python or moved.numpy > shared.numpy:
+            pair.note_streams(moved)
+            raise Surprise
 
     def _is_promising(self) -> bool:
         """Return whether any kind of run is known in which the KL at the law's noise is the KL."""
@@ -193,6 +215,8 @@ class Particle:
             return None
         if flat.is_frozen and self.memory is not None:  # sites without a gradient remember none
             return None
+        if self._num_replicas is not None and self.pair.draws_elsewhere:  # a draw for each of them
+            return None
         call, lead = self.call, ()
         if self.settings.together > 1:
             call = call.with_functions(self._vectorised(call.model, call), guide)
@@ -203,7 +227,8 @@ class Particle:
     def _rehearse(self) -> None:
         """Meet the model in an ordinary run at the mean, without a trace."""
         passes = self._single() if self._num_replicas is None else self._single(0)
-        before = RandomState.capture(self.call.streams)
+        streams = _all(self.call).streams
+        before = RandomState.capture(streams)
         with kept_buffers(self.call.modules):
             ran = passes.descend(passes.zeros())
             with torch.enable_grad():
@@ -215,7 +240,8 @@ class Particle:
         if old is None or (old.kl_ignores_noise, old.has_all) != (ignores, has_all):
             old = self.pair.known.put(key, KnownModel(kl_ignores_noise=ignores, has_all=has_all))
         old.views.put(self.pair.view(self.call), True)
-        self.pair.note_streams(before, self.call)
+        self.pair.note_streams(RandomState.capture(streams).moved(before))
+        before.restore()
 
     def _vectorised(self, function: Callable[..., object], call: Call) -> Callable[..., object]:
         size, nesting = self.settings.together, self.pair.nesting(self.settings, call)
@@ -303,6 +329,11 @@ class OneReplica:
         """Run it."""
         with self.guide.as_replica(self.r):
             return self.run(*args, **kwargs)
+
+
+def _all(call: Call) -> Call:
+    """Return a call whose passes share all random streams that they can draw from."""
+    return replace(call, streams=Streams(own=call.streams.own))
 
 
 def _evaluated(terms: Terms, passes: Passes) -> Evaluated:

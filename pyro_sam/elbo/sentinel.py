@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.precision import autocast
-from pyro_sam._base.random_state import RandomState
+from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._base.surroundings import Surroundings
 from pyro_sam._step.call import Call
 from pyro_sam._step.dependence import graph_of
@@ -106,7 +106,8 @@ class _Start:
 
     def __init__(self, pair: Pair, call: Call, law: Perturbation) -> None:
         self._pair, self._call = pair, call
-        self._streams, self._memory = RandomState.capture(call.streams), [each.clone() for each in _memory(pair)]
+        self._all = Streams(own=call.streams.own)
+        self._streams, self._memory = RandomState.capture(self._all), [each.clone() for each in _memory(pair)]
         self._law, self.seen = LawState(law), Surroundings(call.model, call.guide)
 
     def again(self) -> None:
@@ -129,7 +130,7 @@ class _Start:
             loss, value = look()
             leaves += [] if leaves else _all_leaves(_leaves(self._pair, self._call), loss)
             gradients = _gradients(loss, leaves)
-        end = RandomState.capture(self._call.streams)
+        end = RandomState.capture(self._all)
         self.again()
         return _Taken(end, value, gradients)
 
