@@ -184,10 +184,10 @@ class JointOptim(PyroOptim):
             return evaluate()
 
         loss, named = again()
-        before, waiting = float(loss), [loss]  # the optimiser begins where the parameters were found
         self.name_parameters((name, param) for name, param in named.items() if param not in self.optim_objs)
         params = set(named.values())
         self._meet(params)
+        before, waiting = float(loss), [loss]  # the optimiser begins where the parameters were found
 
         def closure() -> Any:
             if waiting:

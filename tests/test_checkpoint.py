@@ -109,7 +109,10 @@ def test_resumed_with_schedulers_and_after_the_last_step_of_an_epoch_too(optim: 
 
 def test_a_finished_run_is_read_and_not_trained_on(tmp_path: Path) -> None:
     finished = train(tmp_path / "c", 2)
+    after = torch.rand(3), np.random.rand(3).tolist()  # noqa: NPY002
     assert_equal(train(tmp_path / "c", 2, after_step=kill_at(1)), finished)
+    assert torch.equal(torch.rand(3), after[0])
+    assert np.random.rand(3).tolist() == after[1]  # noqa: NPY002
     longer = train(tmp_path / "c", 3)
     assert_equal(longer, train(None, 3))
 

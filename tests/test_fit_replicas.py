@@ -139,6 +139,14 @@ def test_optimisers_of_pyro_that_mix_replicas_are_refused(optim: Any, message: s
         fit(svi, 1)
 
 
+def test_an_optimiser_that_evaluates_the_loss_of_all_replicas_together_is_refused() -> None:
+    svi = build()
+    svi.optim = ps.optim.JointOptim(torch.optim.LBFGS, {"lr": 0.1})
+    with pytest.raises(ValueError, match="LBFGS does not work element by element"):
+        fit(svi, 1)
+    assert all(param.grad is None for _, param in pyro.get_param_store().named_parameters())
+
+
 def test_nan_in_rows_of_replicas_own_is_named() -> None:
     x, y = batch()
     xs, ys = torch.stack([x] * R), torch.stack([y] * R)

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import ELBO, config_enumerate
+from pyro.infer import ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
@@ -148,6 +148,20 @@ def test_local_samples_of_a_guide_site_are_refused(mark: Any) -> None:
     marked = config_enumerate(guide, "parallel", **mark)
     with pytest.raises(NotImplementedError, match=r"guide site 'w' is marked for . local samples"):
         ps.SAM_ELBO(ps.Gaussian()).loss_and_grads(regression, marked, X, Y)
+
+
+@pytest.mark.parametrize("how", ["parallel", "sequential"])
+def test_a_continuous_guide_site_that_is_marked_to_be_enumerated_is_refused(how: str) -> None:
+    """As by TraceEnum_ELBO."""
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(2))
+        pyro.sample("w", dist.Normal(loc, 1.0).to_event(1), infer={"enumerate": how})
+
+    for elbo in (ps.SAM_ELBO(), TraceEnum_ELBO(max_plate_nesting=1)):
+        with pytest.raises(NotImplementedError) as refused:
+            elbo.loss_and_grads(regression, guide, X, Y)
+        assert isinstance(elbo, TraceEnum_ELBO) or "guide site 'w' is marked to be enumerated" in str(refused.value)
 
 
 def held(root: Any) -> int:

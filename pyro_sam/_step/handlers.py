@@ -83,7 +83,7 @@ class NoiseMessenger(Messenger):
         if msg["is_observed"] or msg["done"] or msg["value"] is not None:
             return
         name, fn = msg["name"], msg["fn"]
-        _refuse_local_samples(name, msg["infer"])
+        _refuse_enumeration(name, fn, msg["infer"])
         if site_is_subsample(msg):
             hold_subsample(msg, self._held, self._bookmarks)
             return
@@ -163,11 +163,17 @@ def hold_subsample(msg: Any, held: dict[str, Tensor], bookmarks: Bookmarks | Non
     msg["value"], msg["done"] = held[name], True
 
 
-def _refuse_local_samples(name: str, infer: Any) -> None:
-    if infer and infer.get("enumerate") and infer.get("num_samples") is not None:
+def _refuse_enumeration(name: str, fn: Any, infer: Any) -> None:
+    how = infer.get("enumerate") if infer else None
+    if how and infer.get("num_samples") is not None:
         raise NotImplementedError(
             f"guide site '{name}' is marked for {infer['num_samples']} local samples (config_enumerate with "
             "num_samples): SAM_ELBO draws one noise per particle. Take the mark away, and use num_particles."
+        )
+    if how and not is_discrete(fn):
+        raise NotImplementedError(
+            f"guide site '{name}' is marked to be enumerated (infer={{'enumerate': '{how}'}}): SAM_ELBO draws the "
+            "guide's sites, and sums over marked ones of the model. Take the mark away from the guide."
         )
 
 

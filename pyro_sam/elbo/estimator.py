@@ -319,10 +319,8 @@ class SAM_ELBO(ELBO):
 
     def _replay(self, call: Call, pair: Pair, settings: Settings) -> Replayed | None:
         """Return this step as a captured one gives it; None if it cannot be captured, or has values to complain of."""
-        if not settings.compile or not settings.fast or pair.slow or not only_parameters_are_traced():
+        if not _may_be_captured(call, pair, settings) or not only_parameters_are_traced():
             return None
-        if not (len(pair.valid) or isinstance(call.guide, MeanFieldNormal)):
-            return None  # parameters of another guide come to be in its first step, some at random
         start, single = RandomState.capture(), replicas_of(call.guide) is None
         law = settings.perturbation.toss() if settings.num_particles == 1 and single else settings.perturbation
         if law is not settings.perturbation:
@@ -360,6 +358,12 @@ def _may_be_flat(call: Call, pair: Pair, settings: Settings) -> bool:
     if not settings.fast or pair.slow or settings.hide or settings.sync_ascent:
         return False
     return isinstance(call.guide, MeanFieldNormal) and call.guide.can_be_flat()
+
+
+def _may_be_captured(call: Call, pair: Pair, settings: Settings) -> bool:
+    # parameters of another guide than ours come to be in its first step, some at random
+    is_made = len(pair.valid) or isinstance(call.guide, MeanFieldNormal)
+    return bool(settings.compile and settings.fast and not pair.slow and is_made)
 
 
 def _backward(found: Evaluated, number: int, retain_graph: bool | None) -> None:

@@ -340,7 +340,10 @@ class Training:
             self.best.load(saved["best"])
         self._written, self._position.last = self.step, batch
         self._position.start = saved["start"][distributed.rank()]
-        return saved["random"][distributed.rank()]
+        now: dict[str, Any] = saved["random"][distributed.rank()]
+        if self._stopped or self.epoch >= self.num_epochs:  # nothing is left but to be where it ended
+            self._position.restore(now)
+        return now
 
 
 def _nothing(training: Training) -> None:

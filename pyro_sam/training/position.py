@@ -62,7 +62,7 @@ class Position:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
         if now is not None:
-            self._restore(self.start)
+            self.restore(self.start)
         else:
             self.start = self.states()
         iterator = iter(self.loader)
@@ -82,7 +82,8 @@ class Position:
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
-    def _restore(self, states: dict[str, Any]) -> None:
+    def restore(self, states: dict[str, Any]) -> None:
+        """Put all random states back."""
         restore_random_states(states, self._own())
         for generator, state in zip(self.generators(), states["generators"], strict=True):
             generator.set_state(state)
