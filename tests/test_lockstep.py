@@ -5,6 +5,7 @@
 
 import copy
 import os
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -23,6 +25,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyro_sam as ps
+from pyro_sam._base.random_state import RandomState, Streams
 from pyro_sam._graph import lowering
 from pyro_sam.elbo import sentinel
 from tests.scenarios import Knobs, World, data, difference, fresh_start, observe
@@ -51,6 +54,13 @@ PRIORS: dict[str, Callable[[Any], Any]] = {
     "Laplace": lambda knobs: dist.Laplace(torch.zeros(2), knobs.sigma),
     "StudentT": lambda knobs: dist.StudentT(4.0, torch.zeros(2), knobs.sigma),
 }
+DRAWS: dict[str, Callable[[Any], float]] = {
+    "none": lambda knobs: 0.0,
+    "torch's": lambda knobs: torch.rand(()).item(),
+    "NumPy's": lambda knobs: np.random.normal(),  # noqa: NPY002
+    "Python's": lambda knobs: random.gauss(0.0, 1.0),
+    "its own": lambda knobs: torch.rand((), generator=knobs.generator).item(),
+}
 ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.Softplus)
 taken = 0  # steps of all machines
 
@@ -61,7 +71,8 @@ def small_world() -> World:
     first = nn.Linear(2, 3, bias=False)
     net = nn.Sequential(first, nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 1))
     bnn = ps.BayesianModule(net)
-    knobs = Knobs(sigma=torch.ones(2), prior="Normal", tied=False, shift=0.0, prior_scale=1.0)
+    knobs = Knobs(sigma=torch.ones(2), prior="Normal", tied=False, shift=0.0, prior_scale=1.0, stream="none")
+    knobs.generator = torch.Generator().manual_seed(5)
 
     def model(x: Tensor, y: Tensor, shift: float = 0.0) -> None:
         tau = pyro.sample("log_tau", dist.Normal(0.0, 0.5)).exp()
@@ -70,9 +81,10 @@ def small_world() -> World:
         v = pyro.sample("v", dist.Normal(torch.zeros(2), tau if knobs.tied else 1.0).to_event(1))
         slope = pyro.param("slope", torch.tensor(0.5), constraint=constraints.positive)
         scale = pyro.sample("temperature", dist.LogNormal(0.0, 1.0), obs=torch.tensor(0.5))
-        observe(x, y, bnn(x).squeeze(-1) + slope * (x * (w + v)).sum(-1) + knobs.shift + shift, scale)
+        shift = shift + knobs.shift + 0.1 * DRAWS[knobs.stream](knobs)
+        observe(x, y, bnn(x).squeeze(-1) + slope * (x * (w + v)).sum(-1) + shift, scale)
 
-    world = World(model, modules=[net, bnn], knobs=knobs)
+    world = World(model, modules=[net, bnn], knobs=knobs, generators=[knobs.generator])
     world.lr = 1e-4  # rounding must not grow over many steps
     return world
 
@@ -95,15 +107,15 @@ class Lockstep(RuleBasedStateMachine):
             with fresh_start(), pyro.get_param_store().scope(self.stores[turn]):
                 extra = {"compile": True} if self.compile and turn == 0 else {}
                 self.worlds.append(small_world().start(make, ordinary=turn == 1, **given, **extra))
-                self.streams[turn] = torch.get_rng_state()
+                self.streams[turn] = RandomState.capture(Streams())
 
     def _both(self, function: Callable[[World], Any]) -> None:
         """Do something in each world, with its own parameters and random stream."""
         for turn, world in enumerate(self.worlds):
             with fresh_start(), heard(), pyro.get_param_store().scope(self.stores[turn]):
-                torch.set_rng_state(self.streams[turn])
+                self.streams[turn].restore()
                 function(world)
-                self.streams[turn] = torch.get_rng_state()
+                self.streams[turn] = RandomState.capture(Streams())
 
     def _change(self, function: Callable[[World], Any]) -> None:
         """Do something in each world, and step on."""
@@ -234,6 +246,10 @@ class Lockstep(RuleBasedStateMachine):
                 world.knobs.shift = shift
 
         self._change(change)
+
+    @rule(stream=st.sampled_from(sorted(DRAWS)))
+    def draw_from(self, stream: str) -> None:
+        self._change(lambda world: setattr(world.knobs, "stream", stream))
 
     @rule(kind=st.sampled_from(ACTIVATIONS))
     def replace_a_layer(self, kind: type[nn.Module]) -> None:
