@@ -359,9 +359,30 @@ def test_a_sweep_varies_one_setting_and_keeps_what_was_chosen(
     assert "--sensitivity must be among alpha, rho" in capsys.readouterr().err
 
 
+def test_a_sweep_may_have_values_and_settings_of_the_users_own(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["study", "--quick", "--data", "digits-60", "--seeds", "2", "--out", str(tmp_path)]
+    words += ["--sensitivity", "kl_weight", "--at", "lr=0.01", "kl_weight=1", "alpha=2"]
+    rows: list[Any] = []
+    for values, methods in (((0.1, 0.3), ["ascended-previous"]), ((0.1, 0.5), ["ascended-previous", "mfvi"])):
+        before = len(rows)
+        assert cli.main([*words, "--values", *map(str, values), "--methods", *methods]) == 0
+        rows = Records(tmp_path).read(SENSITIVITY)
+        new = [(row["method"], row["value"], row["seed"]) for row in rows[before:]]
+        wanted = [(name, value, seed) for name in methods for value in values for seed in range(2)]
+        assert sorted(new) == sorted(each for each in wanted if before == 0 or each[:2] != ("ascended-previous", 0.1))
+    for row in rows:
+        own = {"alpha": 2.0} if row["method"] == "ascended-previous" else {}
+        assert row["settings"] == {**own, "kl_weight": row["value"], "lr": 0.01}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--sensitivity", "lr", "alpha", "--values", "1"], "--values goes with one setting"),
+        (["--sensitivity", "alpha", "--at", "lr=0.1"], "--at must give kl_weight and lr"),
+        (["--sensitivity", "alpha", "--at", "lr=0.1", "kl_weight=1", "beta=2"], "--at .* may give alpha"),
+        (["--sensitivity", "alpha", "--at", "lr"], "--at takes NAME=NUMBER"),
         (["--data", "digit"], "--data must be among digits-120, .*, got 'digit'"),
         (["--methods", "mfvi,sma"], "--methods must be among mfvi, .*, got 'sma'"),
         (["--settings-of", "nowhere"], "--settings-of nowhere is the folder of no study: it has no runs.jsonl"),

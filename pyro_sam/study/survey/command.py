@@ -15,6 +15,7 @@ from pyro_sam.study.tables import DataError
 
 if TYPE_CHECKING:
     from pyro_sam.study.survey.records import Records
+    from pyro_sam.study.survey.sensitivity import Sweep
 
 _NEEDED = {
     "matplotlib": "bench",
@@ -25,6 +26,7 @@ _NEEDED = {
     "statsmodels": "study",
 }
 TABLES = "study.md"
+_NUMBERS = ("alpha", "rho", "kappa", "init_scale")  # that --at may give
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--flatness", action="store_true", help="compare the flatness of some methods at the same settings instead")
     option("--sensitivity", nargs="*", metavar="SETTING", help="vary one setting at a time, the rest as the study in "
            "--out has chosen it, instead [all that are known]")  # fmt: skip
+    option("--values", nargs="+", type=float, metavar="NUMBER", help="of the one setting of --sensitivity [its own]")
+    option("--at", nargs="+", metavar="NAME=NUMBER", help="settings of a --sensitivity, in the place of those that the "
+           "study has chosen: kl_weight=0.03 lr=0.001")  # fmt: skip
     option("--report", action="store_true", help="train nothing: make tables and figures of the runs that there are")
 
 
@@ -82,10 +87,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             _train(args, records, say)
         if int(os.environ.get("RANK", "0")):  # the first of torchrun's processes makes the report
             return 0
-        rows = records.read()
-        if not rows:
+        rows, swept = records.read(), records.read(SENSITIVITY)
+        if not (rows or swept):
             raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
-        text = report(rows, records.read(FLATNESS), records.read(SENSITIVITY))
+        text = report(rows, records.read(FLATNESS), swept)
         (args.out / TABLES).write_text(text)
         say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(records)]))}")
     except OSError as error:
@@ -110,12 +115,37 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
         for name in data:
             records.add(at_equal_settings(name, size.budget(SOURCES[name]) // 2, size.seeds), FLATNESS)
     elif args.sensitivity is not None:
-        settings = _known("--sensitivity", args.sensitivity, SWEEPS) or list(SWEEPS)
+        settings, at = _known("--sensitivity", args.sensitivity, SWEEPS) or list(SWEEPS), _at(args.at)
+        sweeps = {name: _sweep(SWEEPS[name], args, methods, len(settings)) for name in settings}
         for name in data:
             draws = Draws(SOURCES[name], args.data_dir, size.test_rows, size.device)
-            sensitivity(records, draws, settings, size.seeds, say)
+            budget = size.budget(SOURCES[name])
+            sensitivity(records, draws, sweeps, size.seeds, say, None if at is None else (at, budget))
     else:
         study(data, methods, size, records, args.data_dir, say, _kept(args.settings_of))
+
+
+def _sweep(known: "Sweep", args: argparse.Namespace, methods: Sequence[str], number: int) -> "Sweep":
+    """Return a sweep with the values and the methods that are asked for."""
+    if args.values and number > 1:
+        raise arguments.UsageError("--values goes with one setting: --sensitivity alpha --values 0 1 3.")
+    values = tuple(args.values or known.values)
+    return known._replace(methods=tuple(name for name in known.methods if name in methods), values=values)
+
+
+def _at(words: Sequence[str] | None) -> dict[str, float] | None:
+    """Return settings as given; the weight of the KL and the learning rate must be among them."""
+    if words is None:
+        return None
+    try:
+        found = {name: float(value) for name, _, value in (word.partition("=") for word in words)}
+    except ValueError as error:
+        raise arguments.UsageError(f"--at takes NAME=NUMBER, such as lr=0.001, got {' '.join(words)}.") from error
+    if not found.keys() >= {"kl_weight", "lr"} or not found.keys() <= {"kl_weight", "lr", *_NUMBERS}:
+        raise arguments.UsageError(
+            f"--at must give kl_weight and lr, and may give {', '.join(_NUMBERS)}, got {' '.join(words)}."
+        )
+    return found
 
 
 def _device(name: str) -> str:

@@ -21,7 +21,9 @@ def draw(records: Records) -> list[Path]:
 
     rows, out = records.read(), records.out
     with mpl.rc_context({"font.size": 8}):
-        paths = [_curves(rows, out / "curves.png", Figure), _differences(rows, out / "differences.png", Figure)]
+        paths = []
+        if rows:
+            paths += [_curves(rows, out / "curves.png", Figure), _differences(rows, out / "differences.png", Figure)]
         if records.trials():
             paths.append(_trials(records, out / "trials.png", Figure))
         ranks = mean_nll(rows)

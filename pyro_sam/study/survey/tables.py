@@ -34,8 +34,9 @@ def report(rows: Rows, equal: Rows = (), swept: Rows = ()) -> str:
     """Return all tables: of the runs, of flatness at equal settings, and of what one setting alone changes."""
     parts = [f"## {data}\n\n{results(rows, data)}\n\n{curves(rows, data)}" for data in data_of(rows)]
     parts += [f"## {data}: ELBO, and under shift\n\n{table}" for data in data_of(rows) if (table := shift(rows, data))]
-    parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
-    parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
+    if rows:
+        parts.append(f"## Surely better or worse than {BASELINE} in NLL\n\n{summary(rows)}")
+        parts.append(f"## Flatness at the mean, per training row\n\n{flatness(rows)}")
     if equal:
         parts.append(f"## Flatness at the same kl_weight, learning rate and number of steps\n\n{flatness(equal)}")
     for setting in dict.fromkeys(row["setting"] for row in swept):
