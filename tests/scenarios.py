@@ -1742,6 +1742,34 @@ def from_numpy(x: Tensor, w: Tensor, knobs: Any) -> Tensor:
     return product(x, w) + 0.3 * torch.as_tensor(knobs.generator.normal(size=len(x)))
 
 
+class Attending(nn.Module):
+    """Attention between the numbers of a row: torch's operation for it could draw, for dropout, and draws nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unsqueeze(-1).expand(-1, -1, 4)
+        return self.inner(h, h, h, need_weights=False)[0].mean(-1)
+
+
+DRAWS_OF: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli": lambda mean: mean + torch.bernoulli(torch.sigmoid(mean.detach())),
+    "bernoulli_": lambda mean: mean + torch.empty_like(mean).bernoulli_(torch.sigmoid(mean.detach())),
+    "poisson": lambda mean: mean + torch.poisson(mean.detach().exp()),
+    "normal": lambda mean: mean + torch.normal(mean.detach(), 0.3),
+    "gamma": lambda mean: mean + dist.Gamma(mean.exp(), 1.0).rsample(),
+    "rrelu": lambda mean: nn.functional.rrelu(mean, training=True),
+    "dropout in one operation": lambda mean: torch.native_dropout(mean, 0.4, True)[0],
+}
+
+
+def drawn_of(kind: str) -> Callable[..., Tensor]:
+    """Return a mean with random numbers whose distribution depends on the weights."""
+    return lambda x, w, knobs: DRAWS_OF[kind](product(x, w))
+
+
 def reseed(world: World) -> None:
     pyro.set_rng_seed(11)
 
@@ -1795,6 +1823,8 @@ STREAMS = [
     Scenario("model comes to draw half a pair from NumPy's stream", late(numpy_normal), on_within_a_pair, off),
     Scenario("model comes to draw from Python's stream", late(lambda: random.gauss(1.0, 1.0)), on, off),
     Scenario("model of an autoguide comes to draw from NumPy's stream", late(numpy_normal, AutoNormal), on, off),
+    Scenario("attention", layers(Attending), reseed),
+    *(Scenario(f"{kind} of what the weights give", by_hand(mean=drawn_of(kind)), reseed) for kind in DRAWS_OF),
     Scenario("dropout reseeded", layers(dropout), reseed),
     Scenario("a stream drawn from in between", layers(dropout), lambda world: torch.rand(3)),
 ]

@@ -1,12 +1,13 @@
 """What operations of a capture need care: random draws that passes share, and values that Python reads."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_sam._base.random_state import RandomState
@@ -31,7 +32,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.reads: list[tuple[Tensor, Any]] = []
         self._made: Any = WeakIdKeyDictionary()
-        self._drawn: dict[Hashable, tuple[list[Tensor], RandomState]] = {}
+        self._drawn: dict[Hashable, _Drawn] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,18 +63,47 @@ class Operations(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             raise CannotCapture("it draws from a generator of its own")
         key = func, RandomState.capture().fingerprint()
-        if key not in self._drawn:
+        known, depends_on = self._drawn.get(key), _values_of(func, args, kwargs)
+        if known is None:
             result = func(*args, **kwargs)
-            results = list(result) if isinstance(result, tuple) else [result]
-            # copies: the step may go on to change what it drew
-            self._drawn[key] = [each.clone() for each in results], RandomState.capture()
+            after = RandomState.capture()
+            if after.fingerprint() != key[1]:  # attention without dropout, say, draws nothing
+                results = list(result) if isinstance(result, tuple) else [result]
+                # copies: the step may go on to change what it drew
+                self._drawn[key] = _Drawn([each.clone() for each in results], after, depends_on)
             return self._note(result)
-        drawn, after = self._drawn[key]
-        after.restore()
+        if len(depends_on) != len(known.depends_on) or not all(map(_is_one, depends_on, known.depends_on)):
+            raise CannotCapture(f"it draws random numbers that depend on what differs between its passes ({func})")
+        known.after.restore()
         if func._schema.is_mutable:
-            return args[0].copy_(drawn[0])
-        copies = [each.clone() for each in drawn]
+            return args[0].copy_(known.results[0])
+        copies = [each.clone() for each in known.results]
         return self._note(tuple(copies) if len(copies) > 1 else copies[0])
+
+
+class _Drawn(NamedTuple):
+    """What was drawn, the random state after it, and the tensors whose values it depends on, each with its version."""
+
+    results: list[Tensor]
+    after: RandomState
+    depends_on: list[tuple[Tensor, int]]
+
+
+def _values_of(func: Any, args: Any, kwargs: Any) -> list[tuple[Tensor, int]]:
+    """Return the tensors whose values a draw depends on: not what it fills, or takes the shape of."""
+    name, overload = func._schema.name.removeprefix("aten::"), func._schema.overload_name
+    others = args[1:] if name in _FILLS or (name, overload) == ("bernoulli", "p") else args
+    return [(each, each._version) for each in tree_leaves((others, kwargs)) if isinstance(each, Tensor)]
+
+
+_FILLS = frozenset({
+    "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "rand_like", "randint_like",
+    "randn_like", "random_", "uniform_",
+})  # fmt: skip
+
+
+def _is_one(now: tuple[Tensor, int], then: tuple[Tensor, int]) -> bool:
+    return now[0] is then[0] and now[1] == then[1]
 
 
 class NoReading(TorchFunctionMode):
