@@ -150,6 +150,8 @@ def _critical(frame: Any, path: Path, make: Any) -> Path:
 
 def _sensitivity(swept: Rows, setting: str, path: Path, make: Any) -> Path:
     """Draw test NLL over the values of a setting, mean and standard error, with a line for each method."""
+    from matplotlib.ticker import LogLocator
+
     chosen = [row for row in swept if row["setting"] == setting]
 
     def draw(axis: Any, name: str) -> None:
@@ -164,7 +166,13 @@ def _sensitivity(swept: Rows, setting: str, path: Path, make: Any) -> Path:
             highest += means
         low, high = min(highest), np.percentile(highest, 75)
         axis.set(xlabel=setting, ylabel="test NLL")
-        if (high - low) * 4 < max(highest) - low:  # a value that fails would hide the others
+        # a value that fails would hide the others
+        if low > 0 and max(highest) > 3 * low:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        elif (high - low) * 4 < max(highest) - low:
             axis.set_ylim(low - 0.5 * (high - low), high + 2 * (high - low))
         if setting == "batch_size":
             axis.set_xscale("log", base=2)
