@@ -763,3 +763,31 @@ def test_a_number_of_the_law_is_no_setting_of_the_elbo(name: str) -> None:
 def test_a_tensor_in_the_place_of_a_callable_is_shown_by_its_shape() -> None:
     with pytest.raises(ValueError, match=r"model must be a callable.*got a tensor of shape \(100, 30\)"):
         ps.MeanFieldNormal(torch.zeros(100, 30))
+
+
+@pytest.mark.parametrize("settings", [{}, {"fast": False}, {"perturbation": ps.Gaussian()}], ids=str)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_model_that_writes_into_its_arguments_is_told_once(
+    settings: Any, named: bool, x: Tensor, y: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    bnn = ps.BayesianModule(classifier())
+
+    def writes(x: Tensor, y: Tensor) -> None:
+        x.clamp_(-1, 1)
+        copies(x, y)
+
+    def copies(x: Tensor, y: Tensor) -> None:
+        logits = bnn(x.clone().clamp_(-1, 1))
+        with scaled(x):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    for model, number in ((writes, 1), (copies, 0)):
+        recwarn.clear()
+        guide = ps.MeanFieldNormal(model, init_scale=0.02)
+        guide.initialize(x, y)
+        svi = SVI(model, guide, ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.01}), ps.SAM_ELBO(**settings))
+        for _ in range(4):
+            svi.step(x.clone(), y=y) if named else svi.step(x.clone(), y)
+        told = [str(each.message) for each in recwarn if "writes into one of its arguments" in str(each.message)]
+        assert len(told) == number
+        pyro.clear_param_store()

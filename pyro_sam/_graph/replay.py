@@ -189,9 +189,10 @@ def replayed(
             _refuse_large_arrays(variant.has_large_array)
         except CannotCapture as reason:
             law.restore()
-            if str(reason) != pair.uncaptured:
-                log.warning("compile=True: the step is not compiled, because %s.", reason)
-            form.refused, pair.uncaptured = True, str(reason)
+            why = str(reason).splitlines()[0]  # Pyro adds the sites to it
+            if why != pair.uncaptured:
+                log.warning("compile=True: the step is not compiled, because %s.", why)
+            form.refused, pair.uncaptured = True, why
             return None
         form.variants = [variant, *form.variants[: _VARIANTS - 1]]
     return None if variant.has_hooks() else variant.run(inputs)

@@ -65,6 +65,12 @@ class Call:
         leaves, spec = tree_flatten((self.args, dict(self.kwargs)))
         return repr(spec), *map(_look_of, leaves)
 
+    def versions(self) -> list[int]:
+        """Return how often each of its tensors was written to."""
+        plain = not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args)
+        leaves = self.args if plain else tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
     def objects(self) -> list[Any]:
         """Return the arguments that are neither tensors nor plain values: they may hold anything."""
         if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):

@@ -52,6 +52,7 @@ class Pair:
         draws: Whether the model drew random numbers besides its plates' indices in the last run mapped over replicas;
             None if there was none.
         draws_elsewhere: Whether, with replicas, it drew from another stream than torch's, as each does by itself.
+        writes: Whether a step was seen to write into its arguments.
         global_streams: Where Python's and NumPy's streams were at the start of the last flat step.
     """
 
@@ -75,6 +76,7 @@ class Pair:
     unmappable: str = ""
     draws: bool | None = None
     draws_elsewhere: bool = False
+    writes: bool = False
     global_streams: GlobalStreams = field(default_factory=GlobalStreams)
     _nesting: int | None = None
     _changes: int = 0

@@ -86,6 +86,22 @@ def warn_of_sizes(pair: Any, settings: Settings, sites: Mapping[str, Any], laten
         _warn_of_missing_scale(_data_sites(sites), [set()] if latents else [], pair.plate_sizes)
 
 
+def warn_of_writing(pair: Any, before: Sequence[int], after: Sequence[int]) -> None:
+    """Warn, once, where a step has written into its arguments.
+
+    Args:
+        pair: What is known of model and guide.
+        before: How often each argument was written to before the step.
+        after: Likewise, after it.
+    """
+    if before != after and not pair.writes:
+        pair.writes = True
+        _warn(
+            "the model writes into one of its arguments in place, and a step may run it several times, each on what "
+            "the last run left. Have it write into a copy, such as x = x.clone()."
+        )
+
+
 def _advise(pair: Any, run: Any, model: Trace, settings: Settings, has_data: bool) -> None:
     if not is_validation_enabled():
         return

@@ -29,7 +29,7 @@ from pyro_sam._step.call import Call
 from pyro_sam._step.knowledge import Knowledge, Pair
 from pyro_sam._step.memory import StepMemory
 from pyro_sam._step.minibatch import follow_minibatch
-from pyro_sam._step.mistakes import refuse_bare_parameters
+from pyro_sam._step.mistakes import refuse_bare_parameters, warn_of_writing
 from pyro_sam._step.own_laws import Tossed
 from pyro_sam._step.passes import Loss
 from pyro_sam._step.settings import NAMES, Ascent, ScaleGradient, Scope, Settings
@@ -218,6 +218,12 @@ class SAM_ELBO(ELBO):
         settings = self._settings_for(guide)
         refuse_bare_parameters(guide)
         call, pair = self._meet(Call(model, guide, args, kwargs), settings)
+        versions = call.versions()
+        loss = self._step(call, pair, settings)
+        warn_of_writing(pair, versions, call.versions())
+        return loss
+
+    def _step(self, call: Call, pair: Pair, settings: Settings) -> float:
         if self._is_watched(pair, settings):
             slow = replace(settings, fast=False, compile=False)
             fast, ordinary = (partial(self._accumulate, call, pair, each) for each in (settings, slow))
