@@ -444,6 +444,7 @@ def test_a_single_number_of_a_large_array_may_change(
     replayed: None, caplog: pytest.LogCaptureFixture, who: str
 ) -> None:
     table = np.full(40_000, 0.5)
+    factor = (lambda: float(table[12_345])) if who == "model" else (lambda: 1.0)  # seen by one of the three alone
 
     class Weighted(ps.Perturbation):
         def noise(self, space: ps.NoiseSpace) -> torch.Tensor:
@@ -452,7 +453,7 @@ def test_a_single_number_of_a_large_array_may_change(
     def model(x: torch.Tensor) -> None:
         w, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "wb")
         with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Normal(w * (float(table[12_345]) if who == "model" else 1.0) + b, 1.0), obs=x)
+            pyro.sample("obs", dist.Normal(w * factor() + b, 1.0), obs=x)
 
     guide = ps.MeanFieldNormal(model)
     guide.initialize(X[:, 0])
