@@ -380,6 +380,8 @@ def test_a_sweep_may_have_values_and_settings_of_the_users_own(tmp_path: Path, m
     ("words", "message"),
     [
         (["--sensitivity", "lr", "alpha", "--values", "1"], "--values goes with one setting"),
+        (["--values", "1"], "--values and --at go with --sensitivity"),
+        (["--at", "lr=0.1", "kl_weight=1"], "--values and --at go with --sensitivity"),
         (["--sensitivity", "alpha", "--at", "lr=0.1"], "--at must give kl_weight and lr"),
         (["--sensitivity", "alpha", "--at", "lr=0.1", "kl_weight=1", "beta=2"], "--at .* may give alpha"),
         (["--sensitivity", "alpha", "--at", "lr"], "--at takes NAME=NUMBER"),

@@ -79,6 +79,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
     from pyro_sam.study.survey.tables import report
 
+    if args.sensitivity is None and (args.values or args.at):
+        raise arguments.UsageError("--values and --at go with --sensitivity, such as --sensitivity alpha.")
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
