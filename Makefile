@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 # How long `make soak` looks for differences, and where its seeds begin.
 SOAK_SECONDS ?= 3600
 SOAK_SEED ?= 0
-# What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation".
+# What `make test` adds to pytest, e.g. TEST_ARGS="-k perturbation"; a debugger wants one process, TEST_ARGS="-n 0 --pdb".
 TEST_ARGS ?=
 
 # The extra `outside`, and IVON for the benchmarks, whose other requirements are there already, without torchvision: nothing here uses it, and the
@@ -67,7 +67,7 @@ figure: demo
 
 test: $(STAMP)
 	@echo "== running the tests, the README's examples and the tutorials"
-	@$(BIN)/python -m pytest tests README.md tutorials --nbmake $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests README.md tutorials --nbmake -n logical --dist worksteal $(TEST_ARGS)
 
 soak: $(STAMP)
 	@echo "== fast and ordinary steps in lockstep for $(SOAK_SECONDS) seconds from seed $(SOAK_SEED)"

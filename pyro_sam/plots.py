@@ -223,9 +223,15 @@ def regression_bands(
     dots = _dots(data)
     ax, order = _axes(ax), _array(x).argsort()
     inputs = _array(x)[order]
-    for level in sorted(levels, reverse=True):
+    inner: Any = None
+    for depth, level in enumerate(sorted(levels)):
         lower, upper = (_array(_quantile(prediction, (1 + sign * level) / 2))[order] for sign in (-1, 1))
-        ax.fill_between(inputs, lower, upper, color="C0", alpha=0.25, linewidth=0, label=f"{100 * level:g} % interval")
+        # each level its own strips, none on top of another: the legend shows the shade that the picture has
+        strips = [(lower, upper)] if inner is None else [(lower, inner[0]), (inner[1], upper)]
+        look = {"color": "C0", "alpha": 1 - 0.75 ** (len(levels) - depth), "linewidth": 0}
+        for k, strip in enumerate(strips):
+            ax.fill_between(inputs, *strip, **look, label="" if k else f"{100 * level:g} % interval")
+        inner = lower, upper
     ax.plot(inputs, _array(mean)[order], color="C0", label="mean")
     if dots:
         ax.plot(*dots, "k.", markersize=4, label="data")

@@ -114,15 +114,32 @@ def test_loss_slice_goes_up_the_gradient_and_through_the_mean(ax: Any) -> None:
 def test_regression_bands_lie_between_quantiles_whatever_the_order(order: Tensor, ax: Any) -> None:
     prediction = regression(lambda f: dist.Normal(f, 0.3), X[order])
     assert plots.regression_bands(prediction, X[order], levels=[0.5, 0.9], data=(X, X**2), ax=ax) is ax
-    wide, narrow = (band.get_paths()[0].vertices for band in ax.collections)
-    for band, q in ((wide, 0.05), (narrow, 0.25)):
-        assert band[:, 1].min() == pytest.approx(float(prediction.quantile(q).min()))
-        assert band[:, 1].max() == pytest.approx(float(prediction.quantile(1 - q).max()))
+    narrow, below, above = (band.get_paths()[0].vertices[:, 1] for band in ax.collections)
+    for lower, upper, q in ((below, above, 0.05), (narrow, narrow, 0.25)):
+        assert lower.min() == pytest.approx(float(prediction.quantile(q).min()))
+        assert upper.max() == pytest.approx(float(prediction.quantile(1 - q).max()))
     mean, dots = ax.lines
     assert list(mean.get_xdata()) == pytest.approx(X.tolist())
     assert list(mean.get_ydata()) == pytest.approx(prediction.mean[order.argsort()].tolist())
     assert list(dots.get_ydata()) == pytest.approx((X**2).tolist())
-    assert labels(ax) == ["90 % interval", "50 % interval", "mean", "data"]
+    assert labels(ax) == ["50 % interval", "90 % interval", "mean", "data"]
+
+
+def test_regression_bands_do_not_cover_each_other_so_that_the_legend_has_their_shades(ax: Any) -> None:
+    prediction = regression(lambda f: dist.Normal(f, 0.3), X)
+    plots.regression_bands(prediction, X, levels=[0.5, 0.9], ax=ax)
+    inside = [bool(path.contains_points([(x, y)])[0]) for path, x, y in _middle(ax, prediction)]
+    assert inside == [True, False, False]
+    shades = [patch.get_facecolor() for patch in ax.get_legend().get_patches()]
+    narrow, below, above = (tuple(band.get_facecolor()[0]) for band in ax.collections)
+    assert shades == [narrow, below]
+    assert below == above
+    assert narrow[3] > below[3]
+
+
+def _middle(ax: Any, prediction: Any) -> list[tuple[Any, float, float]]:
+    """Return each band's outline, and a point that is in the narrowest one only."""
+    return [(band.get_paths()[0], float(X[5:7].mean()), float(prediction.mean[5:7].mean())) for band in ax.collections]
 
 
 def test_regression_bands_without_a_quantile_function_are_those_of_draws(ax: Any) -> None:

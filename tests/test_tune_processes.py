@@ -67,8 +67,7 @@ def test_of_two_processes_one_is_killed_and_the_other_completes_the_search(tmp_p
     path = tmp_path / "search.log"
     a, b = (processes.Process(target=search, args=(path, 8), kwargs={"pause": 0.3}) for _ in range(2))
     a.start()
-    wait_for(lambda: any(trial.intermediate_values for trial in in_study(path)))
-    b.start()
+    b.start()  # at once: on a busy machine a would be done before b had begun
     wait_for(lambda: len({trial.user_attrs.get("worker") for trial in in_study(path)} - {None}) == 2)
     mine = [trial for trial in in_study(path) if _pid(trial) == a.pid and trial.state == TrialState.RUNNING]
     wait_for(lambda: any(trial.intermediate_values for trial in in_study(path) if _pid(trial) == a.pid))
