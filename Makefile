@@ -1,7 +1,9 @@
-# Needs only Python 3.10+, pip and make. `make demo` and `make test` share one environment, .venv.
+# Needs only Python 3.11+, pip and make. `make demo` and `make test` share one environment, .venv.
 PYTHON ?= python3
 # Extra arguments for pip, e.g. PIP_ARGS="--index-url ..." to take torch from another index.
 PIP_ARGS ?=
+# The pinned releases; CONSTRAINTS=/dev/null takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
 # Where the demo writes, and what it adds to `pyro-sam compare digits`.
 OUT ?= results/digits
 DEMO_ARGS ?=
@@ -44,15 +46,15 @@ setup: $(STAMP)
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyro_sam needs Python 3.10 or newer; set PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyro_sam needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes in first and alone: the pinned build decides what everything after it resolves to.
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "== installing pyro_sam and its bench, test and lightning extras into $(VENV)"
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[bench,test,lightning,docs]"
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps $(OUTSIDE)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[bench,test,lightning,docs]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps $(OUTSIDE)
 	@touch $@
 
 demo: $(STAMP)

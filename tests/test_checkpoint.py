@@ -18,6 +18,7 @@ import pytest
 import torch
 from pyro.infer import SVI
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from trainee import killed, train
 
 import pyro_sam as ps
@@ -402,6 +403,33 @@ def saved(content: Any) -> io.BytesIO:
     torch.save(content, file)
     file.seek(0)
     return file
+
+
+@pytest.mark.parametrize("whose", ["model", "loader"])
+def test_a_checkpoint_with_another_number_of_random_streams_is_refused(whose: str, tmp_path: Path) -> None:
+    x = torch.linspace(-1, 1, 12)[:, None]
+
+    def svi_of(streams: list[Any]) -> SVI:
+        pyro.clear_param_store()
+        bnn = ps.BayesianModule(nn.Linear(1, 1))
+
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            mean = bnn(x)[:, 0] + sum(draw_of(stream) for stream in streams)
+            with pyro.plate("data", 12, subsample_size=len(x)):
+                pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
+
+        return SVI(model, ps.MeanFieldNormal(model), ps.optim.JointOptim(torch.optim.Adam, {"lr": 0.1}), ps.SAM_ELBO())
+
+    def loader_of(generator: torch.Generator | None) -> DataLoader:
+        return DataLoader(TensorDataset(x, x[:, 0]), 4, shuffle=True, generator=generator)
+
+    own, other = ([random.Random(1)], []) if whose == "model" else ([], [])
+    first, second = (torch.Generator() if whose == "loader" else None, None)
+    ps.fit(svi_of(own), loader_of(first), 1, progress=False, checkpoint=tmp_path / "c")
+    svi = svi_of(other)
+    with pytest.raises(CheckpointError, match=f"has 1 random streams of the {whose}'s own, this {whose} has 0"):
+        ps.fit(svi, loader_of(second), 2, progress=False, checkpoint=tmp_path / "c")
+    assert not svi.optim.get_state()  # nothing of the file was taken
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "python"])

@@ -328,6 +328,8 @@ class Training:
             raise ValueError(_NO_BATCH.format(1))
         check_arguments(self.svi.model, batch)
         self._evaluate(batch)
+        now: dict[str, Any] = saved["random"][distributed.rank()]
+        self._position.check(now)
         self._trained.restore(saved["trained"])
         load_optim(self.svi.optim, self._trained.params, saved["optim"])
         for name in _KEPT:
@@ -340,7 +342,6 @@ class Training:
             self.best.load(saved["best"])
         self._written, self._position.last = self.step, batch
         self._position.start = saved["start"][distributed.rank()]
-        now: dict[str, Any] = saved["random"][distributed.rank()]
         if self._stopped or self.epoch >= self.num_epochs:  # nothing is left but to be where it ended
             self._position.restore(now)
         return now

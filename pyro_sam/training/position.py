@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pyro_sam.training.checkpoint import CheckpointError
 from pyro_sam.training.streams import random_states, restore_random_states
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -81,6 +82,16 @@ class Position:
         owners = [self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None)]
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+    def check(self, states: dict[str, Any]) -> None:
+        """Raise CheckpointError unless the streams are as many as were saved."""
+        own, generators = states.get("own"), states["generators"]  # an older version kept none of the model's
+        for whose, saved, here in (("model", own, self._own()), ("loader", generators, self.generators())):
+            if saved is not None and len(saved) != len(here):
+                raise CheckpointError(
+                    f"the checkpoint has {len(saved)} random streams of the {whose}'s own, this {whose} has {len(here)}."
+                    " Make its generators before fit, as in the run that wrote it, or begin anew with resume=False."
+                )
 
     def restore(self, states: dict[str, Any]) -> None:
         """Put all random states back."""
