@@ -90,7 +90,8 @@ class Position:
             if saved is not None and len(saved) != len(here):
                 raise CheckpointError(
                     f"the checkpoint has {len(saved)} random streams of the {whose}'s own, this {whose} "
-                    f"has {len(here)}. Make its generators before fit, as in the run that wrote it, or begin anew with resume=False."
+                    f"has {len(here)}. Make its generators before fit, as in the run that wrote it, or begin anew with "
+                    "resume=False."
                 )
 
     def restore(self, states: dict[str, Any]) -> None:
