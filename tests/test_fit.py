@@ -369,7 +369,7 @@ def test_data_term_and_kl_are_means_that_add_up_to_the_loss(tensors: bool) -> No
     assert sums == pytest.approx(history["loss"], rel=1e-12)
 
 
-@pytest.mark.parametrize("elbo", [Telling(2), Telling(3), Telling(off=50.0), Trace_ELBO()], ids=str)
+@pytest.mark.parametrize("elbo", [Telling(2), Telling(3), Telling(off=50.0), Trace_ELBO()], ids=range(4))
 def test_where_steps_do_not_tell_the_terms_of_the_loss_they_are_those_of_the_last_batch(elbo: Any) -> None:
     svi = build(elbo, JointOptim(torch.optim.SGD, {"lr": 0.0}), dropout=0.0)
     svi.guide = ps.MeanFieldNormal(svi.model, init_scale=1e-6, learn_scale=False)
