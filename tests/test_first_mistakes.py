@@ -698,6 +698,16 @@ def step_of(model: Any, loss: Any = None) -> Any:
             ),
             "mat1 and mat2 shapes cannot be multiplied",
         ),
+        (
+            lambda: SVI(make(), print, torch.optim.Adam([torch.zeros(1)]), ps.SAM_ELBO()),
+            "Optimizer should be an instance of pyro.optim.PyroOptim class",
+        ),
+        (
+            lambda: SVI(m := make(), ps.MeanFieldNormal(m), Adam({"lr": 1e-2}), ps.SAM_ELBO()).step(
+                torch.zeros(N, 4), torch.full((N,), 0.5)
+            ),
+            "Error while computing log_prob at site 'obs'",
+        ),
     ],
 )
 def test_messages_of_others_stand_in_the_page_on_troubleshooting(call: Any, text: str) -> None:
