@@ -138,8 +138,9 @@ def read_last(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a result may depend on."""
-    names = ("pyro-sam", "pyro-ppl", "torch", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    installed = {name: metadata.version(name) for name in ("pyro-sam", "pyro-ppl", "numpy")}
+    # torch's own word has the build too, such as +cu130, which a package's metadata may lack
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **installed}
 
 
 def _sync_directory(directory: Path) -> None:
