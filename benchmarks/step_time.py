@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.peers import peers
 from benchmarks.problems import CASES, Problem
 from benchmarks.scaling import SWEEPS, sweep
 from benchmarks.targets import ratios
+from pyro_sam.training.checkpoint import versions
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,8 +48,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(args.device) if is_cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "rounds": args.rounds,
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "pyro-ppl", "pyro-sam")},
+        **versions(),
     }
 
 

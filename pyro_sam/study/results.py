@@ -17,12 +17,13 @@ from pyro_sam.study.methods import METHODS
 from pyro_sam.study.output import write
 from pyro_sam.study.settings import Settings
 from pyro_sam.study.train import Diverged, Run
+from pyro_sam.training.checkpoint import versions
 
 RESULTS = "results.json"
 FIGURE = "compare.png"
 TUNED = "tune.json"
 TUNED_FIGURE = "tune.png"
-_PACKAGES = ("pyro-sam", "torch", "pyro-ppl", "numpy", "scikit-learn", "mlxtend", "torchmetrics")
+_PACKAGES = ("scikit-learn", "mlxtend", "torchmetrics")
 
 
 class Moments(TypedDict):
@@ -136,13 +137,13 @@ def _moments(values: Sequence[float]) -> Moments:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    found: dict[str, str | None] = {"platform": platform.platform(), **versions()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 def finite(value: Any) -> Any:
