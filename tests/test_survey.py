@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,31 @@ def test_the_command_makes_tables_and_figures(tmp_path: Path, monkeypatch: Any, 
     assert cli.main(["study", "--report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "runs.jsonl").read_text() == before
     assert "| map" in capsys.readouterr().out
+
+
+def test_a_report_of_a_sweep_draws_searches_that_came_to_no_run(
+    finished: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    shutil.copytree(finished / "tuning", tmp_path / "tuning")
+    optuna.create_study(study_name="tune", storage=journal(str(tmp_path / "tuning" / "digits.mfvi.log")))
+    words = [
+        "--quick",
+        "--data",
+        "digits-60",
+        "--sensitivity",
+        "alpha",
+        "--values",
+        "0",
+        "3",
+        "--at",
+        "kl_weight=0.1",
+        "lr=0.01",
+        "--seeds",
+        "1",
+    ]
+    assert cli.main(["study", *words, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert {path.name for path in tmp_path.glob("*.png")} == {"trials.png", "sensitivity_alpha.png"}
 
 
 def test_settings_of_another_study_are_taken_and_the_rest_is_tuned(

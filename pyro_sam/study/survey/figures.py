@@ -133,8 +133,7 @@ def _trials(records: Records, path: Path, make: Any) -> Path:
         axis.set(xlabel="kl_weight", ylabel="validation NLL", xscale="log")
         axis.set_ylim(lowest[0] - 0.05 * abs(lowest[0]), lowest[int(0.6 * len(lowest))])
 
-    data = [name for name in data_of(records.read()) if any(each == name for each, _ in found)]
-    return _grid(data, 3.2, path, make, draw)
+    return _grid([*dict.fromkeys(name for name, _ in found)], 3.2, path, make, draw)
 
 
 def _critical(frame: Any, path: Path, make: Any) -> Path:

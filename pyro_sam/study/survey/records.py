@@ -47,14 +47,15 @@ class Records:
         return self._folder("tuning") / f"{data}.{method}.log"
 
     def trials(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
-        """Return ``kl_weight`` and validation NLL of the finished trials of each search, by data set and method."""
+        """Return ``kl_weight`` and validation NLL of finished trials, by data set and method, of searches with any."""
         import optuna
 
         found = {}
         for path in sorted((self.out / "tuning").glob("*.log")):
             data, _, method = path.stem.partition(".")
             trials = optuna.load_study(study_name="tune", storage=journal(str(path))).trials
-            found[data, method] = [(each.params["kl_weight"], float(each.values[0])) for each in trials if each.values]
+            if finished := [(each.params["kl_weight"], float(each.values[0])) for each in trials if each.values]:
+                found[data, method] = finished
         return found
 
     @contextmanager
