@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -17,14 +18,15 @@ import torch
 
 import pyro_sam as ps
 from pyro_sam.study import cli
-from pyro_sam.study.survey import choosing, command, problems, studying
+from pyro_sam.study.survey import choosing, command, problems, studying, training
 from pyro_sam.study.survey.bsam import BSAM
 from pyro_sam.study.survey.choosing import choose, chosen
 from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
 from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
-from pyro_sam.study.survey.sensitivity import SWEEPS
+from pyro_sam.study.survey.sensitivity import SWEEPS, Sweep, sensitivity
+from pyro_sam.study.survey.studying import study
 from pyro_sam.study.survey.training import Task, apart, network, train
 from pyro_sam.tuning.journal import journal
 from tests import survey_worker
@@ -74,6 +76,84 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
         subprocess.run([*command, delay], check=False, cwd=Path(__file__).parents[1])
     survey_worker.work(tmp_path)
     once_each(tmp_path)
+
+
+def stop_before(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs side by side, and no more from a part of them on."""
+    inner, calls = training._together, itertools.count()
+
+    def together(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == part:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(training, "_together", together)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_stopped_study_keeps_the_runs_that_are_done(
+    stop: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    monkeypatch.setattr(problems.Source, "side_by_side", 2)
+    size = dataclasses.replace(survey_worker.SIZE, seeds=5)
+
+    def work(name: str) -> tuple[list[Any], list[str]]:
+        said: list[str] = []
+        records = Records(tmp_path / name)
+        study(["digits-60"], ["mfvi"], size, records, None, said.append, Records(finished))
+        rows = [{**row, "seconds": 0} for row in records.read()]
+        assert len((tmp_path / name / "runs.jsonl").read_text().splitlines()) == len(rows) == 5
+        return rows, said[:-1]
+
+    whole, said = work("whole")
+    assert said == ["digits-60, mfvi: 2 of 5 runs", "digits-60, mfvi: 4 of 5 runs"]
+    assert [bool(row["flat"]) for row in whole] == [True, True, True, False, False]
+    with monkeypatch.context() as patch:
+        stop_before(stop, patch)
+        with pytest.raises(KeyboardInterrupt):
+            work("stopped")
+    assert [row["seed"] for row in Records(tmp_path / "stopped").read()] == list(range(2 * stop))
+    monkeypatch.setattr(studying, "choose", lambda *_: pytest.fail("tuned again"))
+    assert work("stopped")[0] == whole
+
+
+def test_a_study_of_more_seeds_runs_the_new_ones_at_the_settings_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    size = dataclasses.replace(survey_worker.SIZE, trials=2, finalists=1)
+    for seeds, trials in ((2, 2), (4, 3)):
+        size = dataclasses.replace(size, seeds=seeds, trials=trials)
+        study(["digits-60"], ["mfvi"], size, Records(tmp_path), None, lambda _: None)
+    rows = Records(tmp_path).read()
+    assert [row["seed"] for row in rows] == [0, 1, 2, 3]
+    assert len({json.dumps([row["settings"], row["validation"]]) for row in rows}) == 1
+    assert len({row["metrics"]["nll"] for row in rows}) == 4
+
+
+@pytest.mark.parametrize("setting", ["alpha", "batch_size"])
+def test_a_stopped_sweep_keeps_the_runs_that_are_done(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problems.Source, "side_by_side", 2)
+    draws, said = Draws(survey_worker.SOURCE, None), list[str]()
+    sweeps = {setting: Sweep(("ascended-previous",), {"alpha": (0.0, 3.0), "batch_size": (8, 16)}[setting])}
+    at = {"kl_weight": 0.1, "lr": 0.01}, 20
+
+    def work(name: str) -> Any:
+        sensitivity(Records(tmp_path / name), draws, sweeps, 3, said.append, at)
+        return Records(tmp_path / name).read(SENSITIVITY)
+
+    whole = work("whole")
+    assert len(said) == 3
+    with monkeypatch.context() as patch:
+        stop_before({"alpha": 2, "batch_size": 1}[setting], patch)
+        with pytest.raises(KeyboardInterrupt):
+            work("stopped")
+    assert len(Records(tmp_path / "stopped").read(SENSITIVITY)) == {"alpha": 4, "batch_size": 2}[setting]
+    assert work("stopped") == whole
+    assert len({(row["value"], row["seed"]) for row in whole}) == len(whole) == 6
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:

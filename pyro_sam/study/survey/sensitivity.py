@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import groupby, product
+from typing import NamedTuple
 
 from pyro_sam.study.survey.methods import METHODS
-from pyro_sam.study.survey.problems import Draws
+from pyro_sam.study.survey.problems import Draws, Source
 from pyro_sam.study.survey.records import SENSITIVITY, Records
 from pyro_sam.study.survey.statistics import BASELINE, Rows
-from pyro_sam.study.survey.training import Task, train
+from pyro_sam.study.survey.training import Outcome, Task, train
 
 
 class Sweep(NamedTuple):
@@ -58,25 +59,28 @@ def sensitivity(
     for setting, sweep in sweeps.items():
         for name in sweep.methods:
             with records.claim(data, f"{name}.{setting}") as mine:
-                left = sweep._replace(values=_left(records, data, name, setting, sweep.values, seeds))
-                if not mine or not left.values:
+                pairs = list(product(sweep.values, range(seeds)))
+                left = _left(records, data, name, setting, pairs)
+                if not mine or not left:
                     continue
                 base = _base(records.read(), data, name, setting, at)
                 if base is None:
                     say(f"{data}, {name}: no settings of {name} or {BASELINE} to begin from; run the study first")
                     continue
-                records.add(_sweep(draws, name, setting, left.values, base, seeds), SENSITIVITY)
+                for part, source, first in _together(draws, setting, left, pairs.index(left[0])):
+                    task = Task(METHODS[name], source, base[1])
+                    _sweep(draws, task, setting, part, first, base[0], records, say)
                 say(f"{data}, {name}: {setting}")
 
 
 def _left(
-    records: Records, data: str, method: str, setting: str, values: Sequence[float], seeds: int
-) -> tuple[float, ...]:
-    """Return the values that have not run with all seeds."""
+    records: Records, data: str, method: str, setting: str, pairs: Sequence[tuple[float, int]]
+) -> list[tuple[float, int]]:
+    """Return the values and seeds that have not run."""
     wanted = data, method, setting
     rows = [row for row in records.read(SENSITIVITY) if (row["data"], row["method"], row["setting"]) == wanted]
     done = {(row["value"], row["seed"]) for row in rows}
-    return tuple(value for value in values if not done >= {(value, seed) for seed in range(seeds)})
+    return [pair for pair in pairs if pair not in done]
 
 
 def _base(
@@ -98,25 +102,40 @@ def _base(
 
 
 def _sweep(
-    draws: Draws, name: str, setting: str, values: Sequence[float], base: tuple[dict[str, float], int], seeds: int
-) -> list[dict[str, Any]]:
-    settings, gradients = base
-    problems, found = draws.final(seeds), []
-    for together, source in _together(draws, setting, values):
-        pairs = [(value, seed) for value in together for seed in range(seeds)]
-        each = [settings if setting == "batch_size" else {**settings, setting: value} for value, _ in pairs]
-        task = Task(METHODS[name], source, gradients)
-        outcomes = train(task, each, [problems[seed] for _, seed in pairs], num_samples=64, seed=3)
-        about = {"data": draws.source.name, "method": name, "setting": setting}
-        found += [
-            {**about, "value": value, "seed": seed, "settings": mine, "metrics": outcome.metrics}
-            for (value, seed), mine, outcome in zip(pairs, each, outcomes, strict=True)
-        ]
-    return found
+    draws: Draws,
+    task: Task,
+    setting: str,
+    pairs: Sequence[tuple[float, int]],
+    first: int,
+    settings: dict[str, float],
+    records: Records,
+    say: Callable[[str], None],
+) -> None:
+    """Train at each value with the seed beside it, and record the runs as they are done."""
+    problems = draws.final(1 + max(seed for _, seed in pairs))
+    each = [settings if setting == "batch_size" else {**settings, setting: value} for value, _ in pairs]
+    about = {"data": draws.source.name, "method": task.method.name, "setting": setting}
+
+    def keep(start: int, outcomes: Sequence[Outcome]) -> None:
+        done = start + len(outcomes)
+        records.add(
+            [
+                {**about, "value": value, "seed": seed, "settings": mine, "metrics": outcome.metrics}
+                for (value, seed), mine, outcome in zip(pairs[start:done], each[start:done], outcomes, strict=True)
+            ],
+            SENSITIVITY,
+        )
+        if done < len(pairs):
+            say(f"{about['data']}, {about['method']}: {setting}, {done} of {len(pairs)} runs")
+
+    train(task, each, [problems[seed] for _, seed in pairs], num_samples=64, seed=3 + first, keep=keep)
 
 
-def _together(draws: Draws, setting: str, values: Sequence[float]) -> list[tuple[Sequence[float], Any]]:
-    """Return the values that run side by side, and the data set with its minibatches."""
+def _together(
+    draws: Draws, setting: str, left: Sequence[tuple[float, int]], first: int
+) -> list[tuple[Sequence[tuple[float, int]], Source, int]]:
+    """Return the values and seeds that run side by side, the data set with its minibatches, and the first's number."""
     if setting != "batch_size":
-        return [(values, draws.source)]
-    return [((value,), dataclasses.replace(draws.source, batch_size=int(value))) for value in values]
+        return [(left, draws.source, first)]
+    groups = [(value, list(part)) for value, part in groupby(left, lambda pair: pair[0])]
+    return [(part, dataclasses.replace(draws.source, batch_size=int(value)), part[0][1]) for value, part in groups]

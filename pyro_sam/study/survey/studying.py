@@ -40,7 +40,7 @@ def study(
         DataError: If a data set cannot be had.
     """
     tasks = [(each, method) for each in data for method in _with_models(methods)]
-    while left := [task for task in tasks if not _is_done(records, *task, size)]:
+    while left := [task for task in tasks if _left(records, *task, size)]:
         worked = [_attempt(records, *task, size, data_dir, say, kept) for task in left]
         if not any(worked):
             time.sleep(_POLL)
@@ -53,9 +53,10 @@ def _with_models(methods: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: METHODS[name].like is not None)
 
 
-def _is_done(records: Records, data: str, method: str, size: Size) -> bool:
-    seeds = {row["seed"] for row in records.read() if (row["data"], row["method"]) == (data, method)}
-    return seeds >= set(range(size.seeds))
+def _left(records: Records, data: str, method: str, size: Size) -> list[int]:
+    """Return the seeds that have no run."""
+    done = {row["seed"] for row in records.read() if (row["data"], row["method"]) == (data, method)}
+    return [seed for seed in range(size.seeds) if seed not in done]
 
 
 def _attempt(
@@ -63,26 +64,31 @@ def _attempt(
 ) -> bool:
     """Do a task, unless it is done or under way, or waits for another; return whether that was so."""
     with records.claim(data, method) as mine:
-        if not mine or _is_done(records, data, method, size):
+        left = _left(records, data, method, size)
+        if not mine or not left:
             return False
         began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows, size.device)
         try:
-            chosen = _kept(kept, data, METHODS[method]) or _settings(records, draws, METHODS[method], size)
+            chosen = (
+                _kept(records, data, method)  # of runs before it was killed
+                or _kept(kept, data, METHODS[method].like or method)
+                or _settings(records, draws, METHODS[method], size)
+            )
             if chosen is None:
                 return False
-            records.add(_run(draws, METHODS[method], size, *chosen))
+            _run(draws, METHODS[method], size, *chosen, left, records, say)
         except ValueError as error:  # no settings of it can be trained here: that is a result too
             about = {"data": data, "method": method, "failed": str(error)}
-            records.add([{**about, "seed": seed} for seed in range(size.seeds)])
+            records.add([{**about, "seed": seed} for seed in _left(records, data, method, size)])
             say(f"{data}, {method}: failed: {error}")
             return True
         say(f"{data}, {method}: {time.monotonic() - began:.0f} s")
         return True
 
 
-def _kept(kept: Records | None, data: str, method: Method) -> tuple[dict[str, float], float] | None:
+def _kept(kept: Records | None, data: str, method: str) -> tuple[dict[str, float], float] | None:
     rows = kept.read() if kept else []
-    found = [row for row in rows if (row["data"], row["method"]) == (data, method.like or method.name)]
+    found = [row for row in rows if (row["data"], row["method"]) == (data, method)]
     return (found[0]["settings"], found[0]["validation"]) if found and "settings" in found[0] else None
 
 
@@ -102,25 +108,39 @@ def _gradients(draws: Draws, size: Size) -> int:
 
 
 def _run(
-    draws: Draws, method: Method, size: Size, settings: dict[str, float], validation: float
-) -> list[dict[str, Any]]:
-    """Return the records of a run for each seed."""
-    members = method.members
+    draws: Draws,
+    method: Method,
+    size: Size,
+    settings: dict[str, float],
+    validation: float,
+    left: Sequence[int],
+    records: Records,
+    say: Say,
+) -> None:
+    """Train with each seed that is left, and record the runs as they are done."""
+    members, problems = method.members, draws.final(size.seeds)
     task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members), size.autocast)
-    flat: list[dict[str, float]] = []
-    outcomes = train(
-        task,
-        [settings] * size.seeds,
-        draws.final(size.seeds),
-        num_samples=size.num_samples,
-        points=size.points,
-        seed=2,
-        shift=True,
-        look=lambda svi, problems: flat.extend(flatness(svi, problems, members, RUNS - len(flat))),
-    )
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
     about |= {"gradients": task.gradients * members}
-    return [{**about, "seed": k, **_fields(outcome), "flat": flat[k]} for k, outcome in enumerate(outcomes)]
+    flat: list[dict[str, float]] = []
+
+    def keep(first: int, outcomes: Sequence[Outcome]) -> None:
+        done = enumerate(outcomes, first)
+        records.add([{**about, "seed": left[k], **_fields(outcome), "flat": flat[k]} for k, outcome in done])
+        if len(flat) < len(left):
+            say(f"{draws.source.name}, {method.name}: {len(flat)} of {len(left)} runs")
+
+    train(
+        task,
+        [settings] * len(left),
+        [problems[k] for k in left],
+        num_samples=size.num_samples,
+        points=size.points,
+        seed=2 + left[0],
+        shift=True,
+        look=lambda svi, part: flat.extend(flatness(svi, part, members, RUNS - left[0] - len(flat))),
+        keep=keep,
+    )
 
 
 def _fields(outcome: Outcome) -> dict[str, Any]:

@@ -161,6 +161,7 @@ def train(
     seed: int = 0,
     shift: bool = False,
     look: Callable[[SVI, Sequence[Problem]], Any] = lambda svi, problems: None,
+    keep: Callable[[int, Sequence[Outcome]], Any] = lambda first, outcomes: None,
 ) -> list[Outcome]:
     """Train a method at each settings on the problem beside it, as many side by side as the network allows.
 
@@ -173,20 +174,22 @@ def train(
         seed: Of initial weights, noise and minibatches.
         shift: Whether to measure the ELBO, and the metrics under shift.
         look: Called with an SVI and its problems at the end, for more measures.
+        keep: Called with the number of the first run and the outcomes, as soon as those side by side are done.
     Returns:
         The outcome of each run; its numbers are NaN where it ended so.
     """
-    most = max(1, task.source.side_by_side // task.method.members)
+    most = 1 if task.method.plain else max(1, task.source.side_by_side // task.method.members)
     options: dict[str, Any] = {"num_samples": num_samples, "points": points, "shift": shift, "look": look}
+    run = _together
     if task.method.plain:
-        from pyro_sam.study.survey.outside.running import train as outside
-
-        return outside(task, settings, problems, seed=seed, **options)
-    if len(problems) > most:
-        parts = [slice(start, start + most) for start in range(0, len(problems), most)]
-        found = [train(task, settings[part], problems[part], seed=seed + part.start, **options) for part in parts]
-        return [outcome for outcomes in found for outcome in outcomes]
-    return _together(task, settings, problems, seed=seed, **options)
+        from pyro_sam.study.survey.outside.running import train as run
+    found: list[Outcome] = []
+    for first in range(0, len(problems), most):
+        part = slice(first, first + most)
+        outcomes = run(task, settings[part], problems[part], seed=seed + first, **options)
+        keep(first, outcomes)
+        found += outcomes
+    return found
 
 
 def _together(

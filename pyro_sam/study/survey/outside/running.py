@@ -62,7 +62,7 @@ def train(
         with apart(seed + r):
             plain = Plain(plain_network(task.source, problem), task.source)
             run = RUNS[task.method.name](Start(plain, problem, numbers, task.steps, task.share))
-            trained = _Trained(task.source, problem, plain, run, r)
+            trained = _Trained(task.source, problem, plain, run, seed + r)
             batches = iter(Minibatches(problem, task.source.batch_size, task.steps, seed + r))
             outcome, done = Outcome({}, {}), 0
             for k in range(1, points + 1):
