@@ -11,6 +11,7 @@ import torch
 from pyro_sam.study import cli, tuning
 from pyro_sam.study.datasets import Dataset, load
 from pyro_sam.study.methods import METHODS
+from pyro_sam.study.output import OutputError
 from pyro_sam.study.settings import Settings
 
 TINY = Settings(epochs=2, batch_size=16, hidden=(4,), num_samples=2, curve_points=1)
@@ -80,6 +81,42 @@ def test_the_command_writes_choices_tables_and_picture_and_goes_on(
     assert cli.main([*words[:-2], "--epochs", "4", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "study was made with num_epochs=2" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.02}, "lr 0.01, not 0.02"),
+        ({"hidden": (5,)}, r"hidden \[4\], not \[5\]"),
+        ({"batch_size": 8}, "batch_size 16, not 8"),
+        ({"kl_weight": 0.2, "rho": {"sam": 0.3}, "num_samples": 3, "threads": 2}, None),
+    ],
+    ids=str,
+)
+def test_a_search_goes_on_with_the_settings_it_was_begun_with(
+    change: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    def choose(settings: Settings, trials: int) -> tuning.Choice:
+        return tuning.choose(tiny(), "mfvi", settings, trials=trials, journal=tmp_path / "s", progress=False)
+
+    choose(TINY, 2)
+    before = (tmp_path / "s").read_bytes()
+    settings = dataclasses.replace(TINY, **change)
+    if message is None:  # what has no part in a trial may differ
+        assert len(choose(settings, 3).table) == 3
+    else:
+        with pytest.raises(OutputError, match=f"the search in .*/s was begun with {message}: give"):
+            choose(settings, 3)
+        assert (tmp_path / "s").read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["x_train", "y_train"])
+def test_a_search_goes_on_with_the_data_it_was_begun_with(part: str, tmp_path: Path) -> None:
+    data = tiny()
+    other = dataclasses.replace(data, **{part: getattr(data, part).roll(1, 0)})
+    tuning.choose(data, "mfvi", TINY, trials=2, journal=tmp_path / "s", progress=False)
+    with pytest.raises(OutputError, match=r"was begun with data [0-9a-f]{8}, not"):
+        tuning.choose(other, "mfvi", TINY, trials=3, journal=tmp_path / "s", progress=False)
 
 
 def test_compare_takes_what_was_chosen_for_each_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,18 @@ import torch
 
 import pyro_sam as ps
 from pyro_sam.study import cli
+from pyro_sam.study.begun import search
+from pyro_sam.study.output import OutputError
 from pyro_sam.study.survey import choosing, command, problems, studying, training
 from pyro_sam.study.survey.bsam import BSAM
 from pyro_sam.study.survey.choosing import choose, chosen
+from pyro_sam.study.survey.flat import at_equal_settings
 from pyro_sam.study.survey.laws import Antithetic
 from pyro_sam.study.survey.methods import METHODS, Method
 from pyro_sam.study.survey.problems import SOURCES, Draws
 from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
 from pyro_sam.study.survey.sensitivity import SWEEPS, Sweep, sensitivity
+from pyro_sam.study.survey.sizes import SIZES
 from pyro_sam.study.survey.studying import study
 from pyro_sam.study.survey.training import Task, apart, network, train
 from pyro_sam.tuning.journal import journal
@@ -123,9 +127,11 @@ def test_a_study_of_more_seeds_runs_the_new_ones_at_the_settings_of_the_others(
 ) -> None:
     monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
     size = dataclasses.replace(survey_worker.SIZE, trials=2, finalists=1)
-    for seeds, trials in ((2, 2), (4, 3)):
-        size = dataclasses.replace(size, seeds=seeds, trials=trials)
-        study(["digits-60"], ["mfvi"], size, Records(tmp_path), None, lambda _: None)
+    study(["digits-60"], ["mfvi"], size, Records(tmp_path), None, lambda _: None)
+    shutil.rmtree(tmp_path / "tuning")
+    monkeypatch.setattr(studying, "choose", lambda *_: pytest.fail("tuned again"))
+    size = dataclasses.replace(size, seeds=4)
+    study(["digits-60"], ["mfvi"], size, Records(tmp_path), None, lambda _: None)
     rows = Records(tmp_path).read()
     assert [row["seed"] for row in rows] == [0, 1, 2, 3]
     assert len({json.dumps([row["settings"], row["validation"]]) for row in rows}) == 1
@@ -139,10 +145,10 @@ def test_a_stopped_sweep_keeps_the_runs_that_are_done(
     monkeypatch.setattr(problems.Source, "side_by_side", 2)
     draws, said = Draws(survey_worker.SOURCE, None), list[str]()
     sweeps = {setting: Sweep(("ascended-previous",), {"alpha": (0.0, 3.0), "batch_size": (8, 16)}[setting])}
-    at = {"kl_weight": 0.1, "lr": 0.01}, 20
+    at, size = {"kl_weight": 0.1, "lr": 0.01}, dataclasses.replace(survey_worker.SIZE, seeds=3)
 
     def work(name: str) -> Any:
-        sensitivity(Records(tmp_path / name), draws, sweeps, 3, said.append, at)
+        sensitivity(Records(tmp_path / name), draws, sweeps, size, said.append, at)
         return Records(tmp_path / name).read(SENSITIVITY)
 
     whole = work("whole")
@@ -154,6 +160,112 @@ def test_a_stopped_sweep_keeps_the_runs_that_are_done(
     assert len(Records(tmp_path / "stopped").read(SENSITIVITY)) == {"alpha": 4, "batch_size": 2}[setting]
     assert work("stopped") == whole
     assert len({(row["value"], row["seed"]) for row in whole}) == len(whole) == 6
+
+
+WITH_OTHERS: list[tuple[list[str], str]] = [
+    (["--gradients", "30"], "gradients 20, not 30"),
+    (["--trials", "3"], "trials 2, not 3"),
+    (["--quick", "--gradients", "20"], "trials 2, not 8"),
+    (["--autocast"], "autocast False, not True"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WITH_OTHERS, ids=lambda value: str(value[0]))
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_study_goes_on_with_the_arguments_it_was_begun_with(
+    words: list[str], message: str, is_finished: bool, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """The rest of it, whether runs or trials, would be mixed with others."""
+    size = dataclasses.replace(survey_worker.SIZE, trials=2, equal_budget=20)
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    monkeypatch.setitem(SIZES, "normal", size)
+    if is_finished:
+        study(["digits-60"], ["mfvi"], size, Records(tmp_path), None, lambda _: None)
+    else:
+        task = Task(METHODS["mfvi"], survey_worker.SOURCE, 20)
+        choose(task, Draws(survey_worker.SOURCE).tuning(1), size, Records(tmp_path).tuning("digits-60", "mfvi"))
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.parent.name != "busy"}
+
+    before = files()
+    again = ["study", "--data", "digits-60", "--methods", "mfvi", "--seeds", "3", "--out", str(tmp_path)]
+    assert cli.main([*again, *words]) == 2
+    err = capsys.readouterr().err
+    assert f"was begun with {message}: give the arguments" in err
+    assert str(tmp_path) in err
+    assert files() == before
+    assert cli.main(again) == 0
+
+
+@pytest.mark.parametrize("what", ["study", "search", "sweep", "flatness"])
+def test_nothing_goes_on_with_other_data_of_the_same_name(what: str, tmp_path: Path) -> None:
+    def work(source: problems.Source) -> None:
+        draws, records, size = Draws(source), Records(tmp_path), survey_worker.SIZE
+        if what == "study":
+            problems.SOURCES["digits-60"] = source
+            study(["digits-60"], ["map"], size, records, None, lambda _: None)
+        elif what == "search":
+            choose(Task(METHODS["map"], source, 20), draws.tuning(1), size, records.tuning("digits-60", "map"))
+        elif what == "sweep":
+            at = {"kl_weight": 0.1, "lr": 0.01}
+            sensitivity(records, draws, {"alpha": Sweep(("ascended",), (1.0,))}, size, lambda _: None, at)
+        else:
+            at_equal_settings(records, draws, dataclasses.replace(size, equal_budget=2, seeds=1))
+
+    try:
+        work(survey_worker.SOURCE)
+        with pytest.raises(OutputError, match=r"was begun with data [0-9a-f]{8}, not "):
+            work(dataclasses.replace(survey_worker.SOURCE, label_noise=0.2))
+    finally:
+        problems.SOURCES.pop("digits-60", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--at", "kl_weight=0.3", "lr=0.01"], "kl_weight 0.1, not 0.3"),
+        (["--at", "kl_weight=0.1", "lr=0.01", "init_scale=0.1"], "init_scale None, not 0.1"),
+        (["--gradients", "30"], "gradients 20, not 30"),
+        (["--autocast"], "autocast False, not True"),
+        ([], "gradients 20, not 4"),
+    ],
+    ids=str,
+)
+def test_a_sweep_goes_on_with_the_arguments_it_was_begun_with(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    begun = ["study", "--quick", "--data", "digits-60", "--seeds", "1", "--out", str(tmp_path)]
+    begun += ["--sensitivity", "alpha"]
+    at = ["--at", "kl_weight=0.1", "lr=0.01"]
+    first = [*begun, *at, "--values", "0", "--gradients", "20"]
+    assert cli.main(first) == 0
+    before = (tmp_path / SENSITIVITY).read_bytes()
+    given = first if words else [*begun, *at]
+    assert cli.main([*given, "--values", "0", "3", *words]) == 2
+    assert f"was begun with {message}: give the arguments" in capsys.readouterr().err
+    assert (tmp_path / SENSITIVITY).read_bytes() == before
+    assert cli.main([*first, "--values", "0", "3"]) == 0
+
+
+def test_flatness_goes_on_with_the_arguments_it_was_begun_with(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    words = ["study", "--quick", "--data", "digits-60", "--seeds", "1", "--flatness", "--out", str(tmp_path)]
+    assert cli.main([*words, "--gradients", "4"]) == 0
+    before = (tmp_path / FLATNESS).read_bytes()
+    assert cli.main([*words, "--gradients", "8"]) == 2
+    assert "was begun with steps 2, not 4" in capsys.readouterr().err
+    assert (tmp_path / FLATNESS).read_bytes() == before
+
+
+def test_runs_that_do_not_tell_what_they_were_begun_with_are_not_gone_on_from(tmp_path: Path) -> None:
+    Records(tmp_path).add([{"data": "digits-60", "method": "mfvi", "seed": 0}])
+    with pytest.raises(OutputError, match="does not tell what it was begun with"):
+        survey_worker.work(tmp_path, ["mfvi"])
+    optuna.create_study(study_name="tune", storage=journal(str(tmp_path / "s"))).enqueue_trial({"kl_weight": 1.0})
+    with pytest.raises(OutputError, match="does not tell what it was begun with"):
+        search(tmp_path / "s", {"gradients": 20})
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
@@ -453,6 +565,7 @@ def test_a_sweep_varies_one_setting_and_keeps_what_was_chosen(
                 {**row["settings"], setting: 0} == {**kept, setting: 0} for row in mine if setting != "batch_size"
             )
             assert len({row["metrics"]["nll"] for row in mine}) == len(mine)
+    assert {row["begun_with"]["gradients"] for row in rows} == {20}
     text = (finished / "study.md").read_text()
     assert all(f"## Test NLL by {setting}, all other settings as they were chosen" in text for setting in settings)
     assert all((finished / f"sensitivity_{setting}.png").is_file() for setting in settings)
@@ -461,6 +574,8 @@ def test_a_sweep_varies_one_setting_and_keeps_what_was_chosen(
     monkeypatch.setattr("pyro_sam.study.survey.sensitivity.train", lambda *_, **__: pytest.fail("swept again"))
     assert cli.main([*words, "--sensitivity", "alpha"]) == 0
     assert (finished / SENSITIVITY).read_text() == before
+    assert cli.main([*words, "--sensitivity", "alpha", "--gradients", "8"]) == 2
+    assert "gradients 20, not 8" in capsys.readouterr().err
     assert cli.main([*words, "--sensitivity", "alhpa"]) == 2
     assert "--sensitivity must be among alpha, rho" in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
 """Settings chosen on rows held out of the training part: ``pyro-sam tune``, and ``pyro-sam compare --tune``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
+from pyro_sam.study.begun import checksum, search
 from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.methods import METHODS, Method
 from pyro_sam.study.network import bayesian_mlp
@@ -86,11 +87,13 @@ def choose(
         progress: Whether to show a bar.
     Raises:
         ValueError: If the file is of another search, or no trial ended with a finite NLL.
+        OutputError: If it is of a search with other settings, or on other data.
     """
     dataset = dataset.to(torch.device(settings.device))
     rest, validation = held_out(dataset, seed)
     law, wanted = METHODS[method], space(METHODS[method])
     epochs = max(1, settings.epochs // law.cost(settings))
+    search(journal, _begun_with(rest, validation, law, settings))
     tuned = ps.tune(
         partial(_build, rest, law, settings, epochs),
         wanted,
@@ -102,6 +105,17 @@ def choose(
         progress=progress,
     )
     return Choice(with_numbers(settings, method, tuned.best), tuned.best, tuned.table)
+
+
+def _begun_with(
+    dataset: Dataset, validation: tuple[torch.Tensor, torch.Tensor], method: Method, settings: Settings
+) -> dict[str, Any]:
+    """Return what decides a trial but for what is searched; the number of epochs is known to the search itself."""
+    no_part = {"epochs", "rho", "num_samples", "curve_points", "device", "threads", *space(method)}
+    kept = {name: value for name, value in asdict(settings).items() if name not in no_part}
+    if "rho" not in space(method):
+        kept["rho"] = settings.rho.get(method.name)
+    return {**kept, "data": checksum(dataset.x_train, dataset.y_train, *validation)}
 
 
 def choose_all(

@@ -22,6 +22,19 @@ def journal(path: str) -> Any:
     return storages.JournalStorage(storages.journal.JournalFileBackend(path, lock_obj=lock))
 
 
+def kept(path: str, **settings: Any) -> Any:
+    """Return the study that a file keeps, a new one where it keeps none.
+
+    Args:
+        path: The file.
+        **settings: Its sampler and its pruner.
+    """
+    storage, name = journal(path), "tune"
+    if name in optuna().get_all_study_names(storage):  # to create it writes to the file, even where it is there
+        return optuna().load_study(study_name=name, storage=storage, **settings)
+    return optuna().create_study(study_name=name, storage=storage, load_if_exists=True, **settings)
+
+
 class Lock:
     """A lock of the operating system's, as Optuna's journal takes one.
 

@@ -17,7 +17,7 @@ from pyro_sam.training.loop import Training
 from pyro_sam.training.numbers import by_replica
 from pyro_sam.training.progress import progress as display
 from pyro_sam.training.validation import Validation
-from pyro_sam.tuning.journal import journal
+from pyro_sam.tuning.journal import kept
 from pyro_sam.tuning.ledger import Ledger
 from pyro_sam.tuning.space import check_space, groups, optuna
 from pyro_sam.tuning.trials import Build, Job, Outcome, Trained
@@ -231,15 +231,11 @@ def _study(study: Any, max_replicas: int, num_epochs: int, seed: int) -> Any:
         raise ValueError(f"study must be a file in a directory that exists, got study={str(study)!r}.")
     pruners = package.pruners
     settings = {
-        "storage": study and journal(os.fspath(study)),
         # trials under way count as bad ones meanwhile, so that those of a batch differ
         "sampler": package.samplers.TPESampler(seed=None if study else seed, constant_liar=True),
         "pruner": pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if max_replicas == 1 else pruners.NopPruner(),
-        "study_name": "tune",
     }
-    if study and settings["study_name"] in package.get_all_study_names(settings["storage"]):
-        return package.load_study(**settings)  # to create it writes to the file, even where it is there
-    return package.create_study(**settings, load_if_exists=True)
+    return package.create_study(**settings) if study is None else kept(os.fspath(study), **settings)
 
 
 @contextmanager

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import pyro_sam as ps
+from pyro_sam.study.begun import checksum, search
 from pyro_sam.study.survey.problems import Problem
 from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
-from pyro_sam.tuning.journal import journal
 
 _SOBOL = 32  # trials that are no choice of the sampler
 _BASES = 5  # settings at zero that the climbs go on from
@@ -38,6 +38,7 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         Settings and NLL; of equal number of trials and finalists whatever the method.
     Raises:
         ValueError: If no trial ended with a finite NLL.
+        OutputError: If the file is of a search with other arguments, or on other data.
     """
     with apart(0):
         finalists = _search(task, problems[0], size, file)
@@ -71,7 +72,7 @@ def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[s
     """Return the settings of the best trials; five of eight are at zero where the method has one."""
     from optuna.samplers import PartialFixedSampler
 
-    study, space, zero = _study(file), task.method.distributions(), task.method.zero
+    study, space, zero = _study(task, problem, size, file), task.method.distributions(), task.method.zero
     run, at_zero = _ask if task.method.own else _tune, round(size.trials * _AT_ZERO) if zero else size.trials
     free, sampler = {name: space[name] for name in space if name != zero}, study.sampler
     _once(study, "spread", lambda: _enqueue(study, free, [{zero: 0.0} if zero else {}], at_zero))
@@ -132,16 +133,12 @@ def _state(nll: float) -> Any:
     return TrialState.COMPLETE if math.isfinite(nll) else TrialState.FAIL
 
 
-def _study(file: Path) -> Any:
-    import optuna
+def _study(task: Task, problem: Problem, size: Size, file: Path) -> Any:
+    from optuna.samplers import TPESampler
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        storage=journal(str(file)),
-        sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True),
-        study_name="tune",
-        load_if_exists=True,
-    )
+    here = {name: getattr(size, name) for name in ("trials", "max_replicas", "autocast")}
+    here |= {"gradients": task.gradients, "data": checksum(problem.x, problem.y, problem.x_out, problem.y_out)}
+    return search(file, here, TPESampler(seed=0, constant_liar=True))
 
 
 def _enqueue(study: Any, space: dict[str, Any], bases: list[dict[str, float]], number: int, skip: int = 1) -> None:

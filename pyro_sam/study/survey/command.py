@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     import torch
 
     from pyro_sam.study.survey.figures import draw
-    from pyro_sam.study.survey.records import FLATNESS, SENSITIVITY, Records
+    from pyro_sam.study.survey.records import FLATNESS, RUNS, SENSITIVITY, Records
     from pyro_sam.study.survey.tables import report
 
     if args.sensitivity is None and (args.values or args.at):
@@ -89,10 +89,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             _train(args, records, say)
         if int(os.environ.get("RANK", "0")):  # the first of torchrun's processes makes the report
             return 0
-        rows, swept = records.read(), records.read(SENSITIVITY)
-        if not (rows or swept):
+        rows, flat, swept = map(records.read, (RUNS, FLATNESS, SENSITIVITY))
+        if not (rows or flat or swept):
             raise arguments.UsageError(f"--report needs finished runs, and {args.out} has none.")
-        text = report(rows, records.read(FLATNESS), swept)
+        text = report(rows, flat, swept)
         (args.out / TABLES).write_text(text)
         say(f"{text}\n{', '.join(map(str, [args.out / TABLES, *draw(records)]))}")
     except OSError as error:
@@ -103,7 +103,6 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], None]) -> None:
     from pyro_sam.study.survey.flat import at_equal_settings
     from pyro_sam.study.survey.problems import SOURCES, Draws
-    from pyro_sam.study.survey.records import FLATNESS
     from pyro_sam.study.survey.sensitivity import SWEEPS, sensitivity
     from pyro_sam.study.survey.sizes import SIZES
     from pyro_sam.study.survey.studying import study
@@ -115,14 +114,13 @@ def _train(args: argparse.Namespace, records: "Records", say: Callable[[str], No
     methods = _methods(args.methods, say)
     if args.flatness:
         for name in data:
-            records.add(at_equal_settings(name, size.budget(SOURCES[name]) // 2, size.seeds), FLATNESS)
+            at_equal_settings(records, Draws(SOURCES[name], args.data_dir, size.test_rows, size.device), size)
     elif args.sensitivity is not None:
         settings, at = _known("--sensitivity", args.sensitivity, SWEEPS) or list(SWEEPS), _at(args.at)
         sweeps = {name: _sweep(SWEEPS[name], args, methods, len(settings)) for name in settings}
         for name in data:
             draws = Draws(SOURCES[name], args.data_dir, size.test_rows, size.device)
-            budget = size.budget(SOURCES[name])
-            sensitivity(records, draws, sweeps, size.seeds, say, None if at is None else (at, budget))
+            sensitivity(records, draws, sweeps, size, say, at)
     else:
         study(data, methods, size, records, args.data_dir, say, _kept(args.settings_of))
 

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro_sam as ps
+from pyro_sam.study.begun import BEGUN
 from pyro_sam.study.survey.methods import METHODS
-from pyro_sam.study.survey.problems import SOURCES, Draws, Problem
+from pyro_sam.study.survey.problems import Draws, Problem
+from pyro_sam.study.survey.records import FLATNESS, Records
+from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Task, train
 
 RUNS = 3  # that are measured: what it costs is a good part of a training
@@ -23,21 +26,26 @@ _OWN = {
 }
 
 
-def at_equal_settings(data: str, gradients: int, seeds: int) -> list[dict[str, Any]]:
-    """Train some methods at the same ``kl_weight`` and learning rate for the same number of steps.
+def at_equal_settings(records: Records, draws: Draws, size: Size) -> None:
+    """Train some methods at the same ``kl_weight`` and learning rate for the same number of steps, and record it.
 
     Tuned methods differ in more than their noise; these do not.
 
     Args:
-        data: Name of the data set.
-        gradients: Number of steps; a method that takes two gradients a step has twice as many.
-        seeds: Number of runs of each.
-    Returns:
-        The records, a run each.
+        records: Where the runs are kept.
+        draws: The data set.
+        size: Twice the number of steps (a method that takes two gradients a step has all of its gradients), and the
+            number of runs of each.
+    Raises:
+        OutputError: If there are runs with other arguments, or on other data.
     """
-    problems, rows = Draws(SOURCES[data]).final(seeds), []
+    data, steps, seeds = draws.source.name, size.budget(draws.source) // 2, size.seeds
+    begun_with = {"steps": steps, "autocast": size.autocast, "data": draws.checksum()}
+    problems, rows = draws.final(seeds), []
+    for name in _OWN:
+        records.of({"data": data, "method": name}, begun_with, FLATNESS)
     for name, own in _OWN.items():
-        task = Task(METHODS[name], SOURCES[data], round(gradients * METHODS[name].cost))
+        task = Task(METHODS[name], draws.source, round(steps * METHODS[name].cost), size.autocast)
         settings, flat = {**_SHARED, **own}, list[dict[str, float]]()
         outcomes = train(
             task,
@@ -46,11 +54,11 @@ def at_equal_settings(data: str, gradients: int, seeds: int) -> list[dict[str, A
             num_samples=64,
             look=lambda svi, part, flat=flat: flat.extend(flatness(svi, part, 1, seeds)),  # type: ignore[misc]
         )
-        about = {"data": data, "method": name, "settings": settings}
+        about = {"data": data, "method": name, "settings": settings, BEGUN: begun_with}
         rows += [
             {**about, "seed": k, "metrics": outcome.metrics, "flat": flat[k]} for k, outcome in enumerate(outcomes)
         ]
-    return rows
+    records.add(rows, FLATNESS)
 
 
 def flatness(svi: Any, problems: Sequence[Problem], members: int, runs: int = RUNS) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_sam.study.begun import checksum
 from pyro_sam.study.catalogue import Task
 from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.survey.rows import SPECS, foreign, of_classes, rows, with_wrong_labels
@@ -164,6 +165,11 @@ class Draws:
     def final(self, number: int) -> list[Problem]:
         """Return the problems of so many seeds, which hold out test rows."""
         return [self._draw(seed, "test") for seed in range(number)]
+
+    def checksum(self) -> str:
+        """Return a checksum of the first seed's rows, by which data of one name are told apart."""
+        (problem,) = self.final(1)
+        return checksum(problem.x, problem.y, problem.x_out, problem.y_out)
 
     def _draw(self, seed: int, held_out: HeldOut) -> Problem:
         whole, source = rows(self.source.base, self._split(seed), self.data_dir), self.source

@@ -3,11 +3,12 @@
 import fcntl
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyro_sam.study.begun import BEGUN, require_same
 from pyro_sam.study.results import finite
 from pyro_sam.tuning.journal import journal
 
@@ -32,6 +33,21 @@ class Records:
         rows = [row for line in lines if (row := _row(line)) is not None]
         key = operator.itemgetter("data", "method", "seed")
         return list({(*key(row), row.get("setting"), row.get("value")): row for row in rows}.values())
+
+    def of(self, task: Mapping[str, str], begun_with: Mapping[str, Any], file: str = RUNS) -> list[dict[str, Any]]:
+        """Return the finished runs of a task.
+
+        Args:
+            task: What its rows tell of it, by name, such as data and method.
+            begun_with: What its runs are to be begun with.
+            file: Where they are.
+        Raises:
+            OutputError: If there are runs that were begun with something else.
+        """
+        found = [row for row in self.read(file) if all(row.get(name) == each for name, each in task.items())]
+        for row in found:
+            require_same(f"{', '.join(task.values())} in {self.out / file}", row.get(BEGUN), begun_with)
+        return found
 
     def add(self, rows: list[dict[str, Any]], file: str = RUNS) -> None:
         """Append runs in one piece."""

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pyro_sam.study.begun import BEGUN
 from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.problems import Draws, Source
 from pyro_sam.study.survey.records import SENSITIVITY, Records
+from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.statistics import BASELINE, Rows
 from pyro_sam.study.survey.training import Outcome, Task, train
 
@@ -41,9 +43,9 @@ def sensitivity(
     records: Records,
     draws: Draws,
     sweeps: Mapping[str, Sweep],
-    seeds: int,
+    size: Size,
     say: Callable[[str], None],
-    at: tuple[Mapping[str, float], int] | None = None,
+    at: Mapping[str, float] | None = None,
 ) -> None:
     """Do what is left of the sweeps on a data set: each value with each seed, side by side, gradients as in the study.
 
@@ -51,53 +53,64 @@ def sensitivity(
         records: Runs of the study, whose chosen settings are taken, and where those of the sweeps are kept.
         draws: The data set.
         sweeps: The sweeps by setting.
-        seeds: Number of runs of each value.
+        size: Number of runs of each value, and their gradients where those of the study are not to be taken.
         say: Called with a line for each sweep that is done, or cannot be.
-        at: Other settings, and the gradients of a run, in the place of those that the study chose.
+        at: Other settings, in the place of those that the study chose.
+    Raises:
+        OutputError: If there are runs with other arguments, or on other data.
     """
-    data = draws.source.name
+    data, checksum = draws.source.name, draws.checksum()
     for setting, sweep in sweeps.items():
         for name in sweep.methods:
             with records.claim(data, f"{name}.{setting}") as mine:
-                pairs = list(product(sweep.values, range(seeds)))
-                left = _left(records, data, name, setting, pairs)
-                if not mine or not left:
-                    continue
-                base = _base(records.read(), data, name, setting, at)
+                pairs = list(product(sweep.values, range(size.seeds)))
+                base = _base(records.read(), draws, name, setting, at, size)
                 if base is None:
                     say(f"{data}, {name}: no settings of {name} or {BASELINE} to begin from; run the study first")
                     continue
+                begun_with = {**_begun_with(size, setting, *base), "data": checksum}
+                left = _left(records, {"data": data, "method": name, "setting": setting}, pairs, begun_with)
+                if not mine or not left:
+                    continue
                 for part, source, first in _together(draws, setting, left, pairs.index(left[0])):
-                    task = Task(METHODS[name], source, base[1])
-                    _sweep(draws, task, setting, part, first, base[0], records, say)
+                    task = Task(METHODS[name], source, base[1], size.autocast)
+                    _sweep(draws, task, setting, part, first, base[0], begun_with, records, say)
                 say(f"{data}, {name}: {setting}")
 
 
 def _left(
-    records: Records, data: str, method: str, setting: str, pairs: Sequence[tuple[float, int]]
+    records: Records, task: Mapping[str, str], pairs: Sequence[tuple[float, int]], begun_with: Mapping[str, Any]
 ) -> list[tuple[float, int]]:
     """Return the values and seeds that have not run."""
-    wanted = data, method, setting
-    rows = [row for row in records.read(SENSITIVITY) if (row["data"], row["method"], row["setting"]) == wanted]
-    done = {(row["value"], row["seed"]) for row in rows}
+    done = {(row["value"], row["seed"]) for row in records.of(task, begun_with, SENSITIVITY)}
     return [pair for pair in pairs if pair not in done]
 
 
+def _begun_with(size: Size, setting: str, settings: Mapping[str, float], gradients: int) -> dict[str, Any]:
+    """Return what decides a run of a sweep, but for its value, its seed and the data."""
+    others = {name: value for name, value in settings.items() if name != setting}
+    about = {name: getattr(size, name) for name in ("num_samples", "test_rows", "autocast")}
+    return {**others, "gradients": gradients, **about}
+
+
 def _base(
-    rows: Rows, data: str, method: str, setting: str, at: tuple[Mapping[str, float], int] | None
+    rows: Rows, draws: Draws, method: str, setting: str, at: Mapping[str, float] | None, size: Size
 ) -> tuple[dict[str, float], int] | None:
     """Return the settings chosen for a method, or the baseline's with numbers of our own, and the gradients.
 
     The number that makes the method the baseline where it is 0 is varied at the baseline's settings.
     """
     if at is not None:
-        others = {name: value for name, value in at[0].items() if name not in _NUMBERS or name in METHODS[method].space}
-        return {**{number: _NUMBERS[number] for number in METHODS[method].space}, **others}, at[1]
+        others = {name: value for name, value in at.items() if name not in _NUMBERS or name in METHODS[method].space}
+        return {**{number: _NUMBERS[number] for number in METHODS[method].space}, **others}, size.budget(draws.source)
     for name in (BASELINE, method) if setting == METHODS[method].zero else (method, BASELINE):
-        found = next((row for row in rows if (row["data"], row["method"]) == (data, name) and "settings" in row), None)
+        found = next(
+            (row for row in rows if (row["data"], row["method"]) == (draws.source.name, name) and "settings" in row),
+            None,
+        )
         if found:
             own = {number: _NUMBERS[number] for number in METHODS[method].space}
-            return {**own, **found["settings"]}, found["gradients"]
+            return {**own, **found["settings"]}, size.equal_budget or found["gradients"]
     return None
 
 
@@ -108,13 +121,14 @@ def _sweep(
     pairs: Sequence[tuple[float, int]],
     first: int,
     settings: dict[str, float],
+    begun_with: Mapping[str, Any],
     records: Records,
     say: Callable[[str], None],
 ) -> None:
     """Train at each value with the seed beside it, and record the runs as they are done."""
     problems = draws.final(1 + max(seed for _, seed in pairs))
     each = [settings if setting == "batch_size" else {**settings, setting: value} for value, _ in pairs]
-    about = {"data": draws.source.name, "method": task.method.name, "setting": setting}
+    about = {"data": draws.source.name, "method": task.method.name, "setting": setting, BEGUN: begun_with}
 
     def keep(start: int, outcomes: Sequence[Outcome]) -> None:
         done = start + len(outcomes)
@@ -128,7 +142,8 @@ def _sweep(
         if done < len(pairs):
             say(f"{about['data']}, {about['method']}: {setting}, {done} of {len(pairs)} runs")
 
-    train(task, each, [problems[seed] for _, seed in pairs], num_samples=64, seed=3 + first, keep=keep)
+    chosen, num_samples = [problems[seed] for _, seed in pairs], begun_with["num_samples"]
+    train(task, each, chosen, num_samples=num_samples, seed=3 + first, keep=keep)
 
 
 def _together(

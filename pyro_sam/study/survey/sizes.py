@@ -1,8 +1,9 @@
 """How large a study is, and on what it runs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from pyro_sam.study.survey.problems import Source
+from pyro_sam.study.survey.problems import Draws, Source
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Size:
     def budget(self, source: Source) -> int:
         """Return the gradients of a run on a data set."""
         return self.equal_budget or max(1, round(source.gradients * self.gradients))
+
+    def begun_with(self, draws: Draws) -> dict[str, Any]:
+        """Return what decides a run on a data set, but for its seed; a device decides nothing."""
+        other = {"gradients", "equal_budget", "data", "seeds", "device"}
+        kept = {name: value for name, value in asdict(self).items() if name not in other}
+        return {"gradients": self.budget(draws.source), **kept, "data": draws.checksum()}
 
 
 SIZES = {

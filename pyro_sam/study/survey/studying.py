@@ -1,10 +1,11 @@
 """The study itself: every method on every data set, each chosen and run once, by whichever process comes first."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyro_sam.study.begun import BEGUN
 from pyro_sam.study.survey.choosing import choose
 from pyro_sam.study.survey.flat import RUNS, flatness
 from pyro_sam.study.survey.methods import METHODS, Method
@@ -38,10 +39,13 @@ def study(
         kept: A study whose chosen settings are taken; what it lacks is tuned.
     Raises:
         DataError: If a data set cannot be had.
+        OutputError: If there are runs with other arguments, or on other data.
     """
     tasks = [(each, method) for each in data for method in _with_models(methods)]
-    while left := [task for task in tasks if _left(records, *task, size)]:
-        worked = [_attempt(records, *task, size, data_dir, say, kept) for task in left]
+    draws = {each: Draws(SOURCES[each], data_dir, size.test_rows, size.device) for each in data}
+    begun_with = {each: size.begun_with(draws[each]) for each in data}
+    while left := [task for task in tasks if _left(records, *task, size, begun_with[task[0]])]:
+        worked = [_attempt(records, draws[each], method, size, begun_with[each], say, kept) for each, method in left]
         if not any(worked):
             time.sleep(_POLL)
 
@@ -53,21 +57,27 @@ def _with_models(methods: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: METHODS[name].like is not None)
 
 
-def _left(records: Records, data: str, method: str, size: Size) -> list[int]:
+def _left(records: Records, data: str, method: str, size: Size, begun_with: Mapping[str, Any]) -> list[int]:
     """Return the seeds that have no run."""
-    done = {row["seed"] for row in records.read() if (row["data"], row["method"]) == (data, method)}
+    done = {row["seed"] for row in records.of({"data": data, "method": method}, begun_with)}
     return [seed for seed in range(size.seeds) if seed not in done]
 
 
 def _attempt(
-    records: Records, data: str, method: str, size: Size, data_dir: Path | None, say: Say, kept: Records | None
+    records: Records,
+    draws: Draws,
+    method: str,
+    size: Size,
+    begun_with: Mapping[str, Any],
+    say: Say,
+    kept: Records | None,
 ) -> bool:
     """Do a task, unless it is done or under way, or waits for another; return whether that was so."""
+    data = draws.source.name
     with records.claim(data, method) as mine:
-        left = _left(records, data, method, size)
+        left, began = _left(records, data, method, size, begun_with), time.monotonic()
         if not mine or not left:
             return False
-        began, draws = time.monotonic(), Draws(SOURCES[data], data_dir, size.test_rows, size.device)
         try:
             chosen = (
                 _kept(records, data, method)  # of runs before it was killed
@@ -76,10 +86,10 @@ def _attempt(
             )
             if chosen is None:
                 return False
-            _run(draws, METHODS[method], size, *chosen, left, records, say)
+            _run(draws, METHODS[method], size, *chosen, left, begun_with, records, say)
         except ValueError as error:  # no settings of it can be trained here: that is a result too
-            about = {"data": data, "method": method, "failed": str(error)}
-            records.add([{**about, "seed": seed} for seed in _left(records, data, method, size)])
+            about = {"data": data, "method": method, BEGUN: begun_with, "failed": str(error)}
+            records.add([{**about, "seed": seed} for seed in _left(records, data, method, size, begun_with)])
             say(f"{data}, {method}: failed: {error}")
             return True
         say(f"{data}, {method}: {time.monotonic() - began:.0f} s")
@@ -114,6 +124,7 @@ def _run(
     settings: dict[str, float],
     validation: float,
     left: Sequence[int],
+    begun_with: Mapping[str, Any],
     records: Records,
     say: Say,
 ) -> None:
@@ -121,7 +132,7 @@ def _run(
     members, problems = method.members, draws.final(size.seeds)
     task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members), size.autocast)
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
-    about |= {"gradients": task.gradients * members}
+    about |= {"gradients": task.gradients * members, BEGUN: begun_with}
     flat: list[dict[str, float]] = []
 
     def keep(first: int, outcomes: Sequence[Outcome]) -> None:

@@ -1,4 +1,4 @@
-"""Runs of a method from outside, one after another, which give what the study's other methods give."""
+"""A run of a method from outside, which gives what the study's other methods give."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -53,33 +53,31 @@ def train(
     shift: bool,
     look: Callable[[SVI, Sequence[Problem]], Any],
 ) -> list[Outcome]:
-    """Do what :func:`pyro_sam.study.survey.training.train` does, whose arguments these are, for a method from outside.
+    """Do what :func:`pyro_sam.study.survey.training.train` does, whose arguments these are, for one run from outside.
 
-    ``look`` is called with an SVI whose guide has the posteriors' means. There is no ELBO.
+    ``look`` is called with an SVI whose guide has the posterior's mean. There is no ELBO.
     """
-    outcomes, means = [], []
-    for r, (numbers, problem) in enumerate(zip(settings, problems, strict=True)):
-        with apart(seed + r):
-            plain = Plain(plain_network(task.source, problem), task.source)
-            run = RUNS[task.method.name](Start(plain, problem, numbers, task.steps, task.share))
-            trained = _Trained(task.source, problem, plain, run, seed + r)
-            batches = iter(Minibatches(problem, task.source.batch_size, task.steps, seed + r))
-            outcome, done = Outcome({}, {}), 0
-            for k in range(1, points + 1):
-                until, began = round(k * task.steps / points), process_time()
-                for x, y in islice(batches, until - done):
-                    run.step(x, y)
-                outcome.seconds, done = outcome.seconds + process_time() - began, until
-                outcome.metrics = trained.metrics(num_samples if k == points else CURVE_SAMPLES)
-                outcome.curve.append((until, outcome.metrics["nll"]))
-            outcome.at_mean = trained.metrics(1, at_mean=True)
-            outcome.shift = trained.shift(num_samples) if shift else {}
-            outcomes.append(outcome)
-            with run.centred():
-                means.append(plain.values())
+    (numbers,), (problem,) = settings, problems
     with apart(seed):
-        look(_placed(means, task, settings, problems[0]), problems)
-    return outcomes
+        plain = Plain(plain_network(task.source, problem), task.source)
+        run = RUNS[task.method.name](Start(plain, problem, numbers, task.steps, task.share))
+        trained = _Trained(task.source, problem, plain, run, seed)
+        batches = iter(Minibatches(problem, task.source.batch_size, task.steps, seed))
+        outcome, done = Outcome({}, {}), 0
+        for k in range(1, points + 1):
+            until, began = round(k * task.steps / points), process_time()
+            for x, y in islice(batches, until - done):
+                run.step(x, y)
+            outcome.seconds, done = outcome.seconds + process_time() - began, until
+            outcome.metrics = trained.metrics(num_samples if k == points else CURVE_SAMPLES)
+            outcome.curve.append((until, outcome.metrics["nll"]))
+        outcome.at_mean = trained.metrics(1, at_mean=True)
+        outcome.shift = trained.shift(num_samples) if shift else {}
+        with run.centred():
+            mean = plain.values()
+    with apart(seed):
+        look(_placed(mean, task, numbers, problem), problems)
+    return [outcome]
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,10 @@ def predict(
     return ps.Prediction([likelihoods])
 
 
-def _placed(
-    means: Sequence[dict[str, Tensor]], task: Task, settings: Sequence[dict[str, float]], problem: Problem
-) -> SVI:
-    """Return an SVI whose guide has the means, a replica for each run."""
-    svi = task.svi({name: torch.tensor([each[name] for each in settings]) for name in settings[0]}, problem)
+def _placed(mean: dict[str, Tensor], task: Task, numbers: dict[str, float], problem: Problem) -> SVI:
+    """Return an SVI of one replica whose guide has the mean."""
+    svi = task.svi({name: torch.tensor([value]) for name, value in numbers.items()}, problem)
     svi.guide.initialize(problem.x, problem.y)
-    for name in means[0]:
-        attrgetter(name)(svi.guide.locs).data.copy_(torch.stack([each[name] for each in means]))
+    for name, value in mean.items():
+        attrgetter(name)(svi.guide.locs).data.copy_(value)
     return svi
