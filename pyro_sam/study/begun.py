@@ -35,7 +35,9 @@ def require_same(what: str, there: Mapping[str, Any] | None, here: Mapping[str, 
         OutputError: If the two differ.
     """
     if there is None:
-        raise OutputError(f"{what} does not tell what it was begun with, an earlier version made it: another --out.")
+        raise OutputError(
+            f"{what} does not tell what it was begun with, an earlier version made it: give another --out."
+        )
     asked = json.loads(json.dumps(here))
     for name in dict.fromkeys([*asked, *there]):
         if asked.get(name) != there.get(name):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pyro_sam as ps
-from pyro_sam.study.begun import checksum, search
+from pyro_sam.study.begun import search
 from pyro_sam.study.survey.problems import Problem
 from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
@@ -137,7 +137,7 @@ def _study(task: Task, problem: Problem, size: Size, file: Path) -> Any:
     from optuna.samplers import TPESampler
 
     here = {name: getattr(size, name) for name in ("trials", "max_replicas", "autocast")}
-    here |= {"gradients": task.gradients, "data": checksum(problem.x, problem.y, problem.x_out, problem.y_out)}
+    here |= {"gradients": task.gradients, "data": problem.checksum()}
     return search(file, here, TPESampler(seed=0, constant_liar=True))
 
 

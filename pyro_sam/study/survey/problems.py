@@ -134,6 +134,10 @@ class Problem:
     outliers: Mapping[str, Tensor] = field(default_factory=dict)
     before: tuple[Tensor, Tensor] | None = None
 
+    def checksum(self) -> str:
+        """Return a checksum of its rows."""
+        return checksum(self.x, self.y, self.x_out, self.y_out)
+
     def to(self, device: str) -> "Problem":
         """Return it on a device."""
         outliers = {name: each.to(device) for name, each in self.outliers.items()}
@@ -168,8 +172,7 @@ class Draws:
 
     def checksum(self) -> str:
         """Return a checksum of the first seed's rows, by which data of one name are told apart."""
-        (problem,) = self.final(1)
-        return checksum(problem.x, problem.y, problem.x_out, problem.y_out)
+        return self.final(1)[0].checksum()
 
     def _draw(self, seed: int, held_out: HeldOut) -> Problem:
         whole, source = rows(self.source.base, self._split(seed), self.data_dir), self.source
