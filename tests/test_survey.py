@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyro_sam as ps
-from pyro_sam.study import cli
+from pyro_sam.study import begun, cli
 from pyro_sam.study.begun import search
 from pyro_sam.study.output import OutputError
 from pyro_sam.study.survey import choosing, command, problems, studying, training
@@ -32,6 +32,7 @@ from pyro_sam.study.survey.sensitivity import SWEEPS, Sweep, sensitivity
 from pyro_sam.study.survey.sizes import SIZES
 from pyro_sam.study.survey.studying import study
 from pyro_sam.study.survey.training import Task, apart, network, train
+from pyro_sam.training.checkpoint import versions
 from pyro_sam.tuning.journal import journal
 from tests import survey_worker
 
@@ -192,33 +193,49 @@ def test_a_study_goes_on_with_the_arguments_it_was_begun_with(
     again = ["study", "--data", "digits-60", "--methods", "mfvi", "--seeds", "3", "--out", str(tmp_path)]
     assert cli.main([*again, *words]) == 2
     err = capsys.readouterr().err
-    assert f"was begun with {message}: give the arguments" in err
+    assert f"was begun with {message}: give what" in err
     assert str(tmp_path) in err
     assert files() == before
     assert cli.main(again) == 0
 
 
-@pytest.mark.parametrize("what", ["study", "search", "sweep", "flatness"])
-def test_nothing_goes_on_with_other_data_of_the_same_name(what: str, tmp_path: Path) -> None:
-    def work(source: problems.Source) -> None:
-        draws, records, size = Draws(source), Records(tmp_path), survey_worker.SIZE
-        if what == "study":
-            problems.SOURCES["digits-60"] = source
-            study(["digits-60"], ["map"], size, records, None, lambda _: None)
-        elif what == "search":
-            choose(Task(METHODS["map"], source, 20), draws.tuning(1), size, records.tuning("digits-60", "map"))
-        elif what == "sweep":
-            at = {"kl_weight": 0.1, "lr": 0.01}
-            sensitivity(records, draws, {"alpha": Sweep(("ascended",), (1.0,))}, size, lambda _: None, at)
-        else:
-            at_equal_settings(records, draws, dataclasses.replace(size, equal_budget=2, seeds=1))
+def work(what: str, source: problems.Source, out: Path) -> None:
+    draws, records, size = Draws(source), Records(out), survey_worker.SIZE
+    if what == "study":
+        study([source.name], ["map"], size, records, None, lambda _: None)
+    elif what == "search":
+        choose(Task(METHODS["map"], source, 20), draws.tuning(1), size, records.tuning(source.name, "map"))
+    elif what == "sweep":
+        at = {"kl_weight": 0.1, "lr": 0.01}
+        sensitivity(records, draws, {"alpha": Sweep(("ascended",), (1.0,))}, size, lambda _: None, at)
+    else:
+        at_equal_settings(records, draws, dataclasses.replace(size, equal_budget=2, seeds=1))
 
-    try:
-        work(survey_worker.SOURCE)
-        with pytest.raises(OutputError, match=r"was begun with data [0-9a-f]{8}, not "):
-            work(dataclasses.replace(survey_worker.SOURCE, label_noise=0.2))
-    finally:
-        problems.SOURCES.pop("digits-60", None)
+
+@pytest.mark.parametrize("what", ["study", "search", "sweep", "flatness"])
+def test_nothing_goes_on_with_other_data_of_the_same_name(what: str, tmp_path: Path, monkeypatch: Any) -> None:
+    other = dataclasses.replace(survey_worker.SOURCE, label_noise=0.2)
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    work(what, survey_worker.SOURCE, tmp_path)
+    monkeypatch.setitem(problems.SOURCES, "digits-60", other)
+    with pytest.raises(OutputError, match=r"was begun with data [0-9a-f]{8}, not "):
+        work(what, other, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["study", "search", "sweep", "flatness"])
+def test_nothing_goes_on_with_other_versions(what: str, tmp_path: Path, monkeypatch: Any) -> None:
+    installed = versions()
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    monkeypatch.setattr(begun, "versions", lambda: {**installed, "torch": "2.13.0+cu130"})
+    work(what, survey_worker.SOURCE, tmp_path)
+    monkeypatch.setattr(begun, "versions", lambda: {**installed, "torch": "2.13.0"})
+    work(what, survey_worker.SOURCE, tmp_path)  # of another build
+    monkeypatch.setattr(begun, "versions", lambda: {**installed, "torch": "2.14.1"})
+    with pytest.raises(OutputError, match=r"was begun with torch 2\.13\.0, not 2\.14\.1: give what"):
+        work(what, survey_worker.SOURCE, tmp_path)
+    monkeypatch.setattr(begun, "versions", lambda: {**installed, "torch": "2.13.0", "pyro-sam": "9.9"})
+    with pytest.raises(OutputError, match=r"was begun with pyro-sam .*, not 9\.9: give what"):
+        work(what, survey_worker.SOURCE, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +261,7 @@ def test_a_sweep_goes_on_with_the_arguments_it_was_begun_with(
     before = (tmp_path / SENSITIVITY).read_bytes()
     given = first if words else [*begun, *at]
     assert cli.main([*given, "--values", "0", "3", *words]) == 2
-    assert f"was begun with {message}: give the arguments" in capsys.readouterr().err
+    assert f"was begun with {message}: give what" in capsys.readouterr().err
     assert (tmp_path / SENSITIVITY).read_bytes() == before
     assert cli.main([*first, "--values", "0", "3"]) == 0
 
@@ -430,17 +447,48 @@ def test_bsam_without_a_climb_ends_at_ridge_regression() -> None:
     torch.testing.assert_close(run.w, h * m / (h + 0.2), rtol=1e-6, atol=0)
 
 
-def test_an_ensemble_mixes_the_predictions_of_its_members() -> None:
+@pytest.mark.parametrize("name", ["ensemble", "mfvi-mixed"])
+def test_predictions_of_members_are_mixed_and_share_the_weight_samples(name: str) -> None:
     source, problem = SOURCES["digits-120"], Draws(SOURCES["digits-120"]).final(1)[0]
-    settings = {"kl_weight": 0.01, "lr": 0.01}
-    found = []
+    method, settings, found = METHODS[name], {"kl_weight": 0.01, "lr": 0.01}, []
 
     def look(svi: Any, _: Any) -> None:
-        probs = [ps.predict(svi.model, svi.guide, problem.x_out, num_samples=4, replica=r).probs for r in range(5)]
-        found.append(ps.metrics.nll(torch.stack(probs).mean(0), problem.y_out))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            parts = [
+                ps.predict(svi.model, svi.guide, problem.x_out, num_samples=3, samples_at_once=3, replica=r).probs
+                for r in range(method.members)
+            ]
+        found.append(ps.metrics.nll(torch.stack(parts).mean(0), problem.y_out))
 
-    (outcome,) = train(Task(METHODS["ensemble"], source, 20), [settings], [problem], num_samples=4, look=look)
-    assert outcome.metrics["nll"] == pytest.approx(float(found[0]), rel=1e-3)
+    num_samples = 3 * method.members
+    (outcome,) = train(Task(method, source, 20), [settings], [problem], num_samples=num_samples, look=look)
+    assert outcome.metrics["nll"] == pytest.approx(float(found[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mfvi-mixed", "ascended-previous-mixed"])
+def test_members_share_the_gradients_of_a_run(name: str) -> None:
+    problem, steps = Draws(survey_worker.SOURCE).final(1)[0], []
+    task = Task(METHODS[name], survey_worker.SOURCE, 40)
+    settings = {"kl_weight": 0.1, "lr": 0.01} | ({"alpha": 3.0} if METHODS[name].zero else {})
+
+    def look(svi: Any, _: Any) -> None:
+        (state,) = {int(each["step"]) for each in svi.optim.optimizer.state.values()}
+        steps.append(state * svi.guide.num_replicas)
+
+    (outcome,) = train(task, [settings], [problem], num_samples=8, points=2, look=look)
+    assert steps == [40]
+    assert [gradients for gradients, _ in outcome.curve] == [20, 40]
+
+
+def test_trials_of_members_are_judged_by_their_mixture(tmp_path: Path) -> None:
+    draws, task = Draws(survey_worker.SOURCE), Task(METHODS["mfvi-mixed"], survey_worker.SOURCE, 40)
+    choose(task, draws.tuning(1), survey_worker.SIZE, tmp_path / "log")
+    trials = optuna.load_study(study_name="tune", storage=journal(str(tmp_path / "log"))).trials
+    assert len(trials) == survey_worker.SIZE.trials
+    for trial in trials:
+        (outcome,) = train(task, [trial.params], draws.tuning(1), num_samples=32)
+        assert trial.value == pytest.approx(outcome.metrics["nll"], rel=1e-6)
 
 
 # The command

@@ -1,4 +1,4 @@
-"""What the results in a folder were begun with: other arguments, or other data, do not go on from them."""
+"""What the results in a folder were begun with: other arguments, data or versions do not go on from them."""
 
 import json
 import zlib
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_sam.study.output import OutputError
+from pyro_sam.training.checkpoint import versions
 from pyro_sam.tuning.journal import kept
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ def checksum(*parts: "Tensor") -> str:
     for part in parts:
         found = zlib.crc32(part.cpu().numpy().tobytes(), found)
     return f"{found:08x}"
+
+
+def key(data: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that decides results: arguments, data, and the versions of torch, Pyro and this package.
+
+    Args:
+        data: Checksum of the data.
+        arguments: The arguments by name.
+    """
+    installed = versions()
+    installed["torch"] = installed["torch"].partition("+")[0]  # machines with and without a GPU share a study
+    return {**arguments, "data": data, **{name: installed[name] for name in ("torch", "pyro-ppl", "pyro-sam")}}
 
 
 def require_same(what: str, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
@@ -43,7 +56,7 @@ def require_same(what: str, there: Mapping[str, Any] | None, here: Mapping[str, 
         if asked.get(name) != there.get(name):
             raise OutputError(
                 f"{what} was begun with {name} {there.get(name)}, not {asked.get(name)}: "
-                "give the arguments it was begun with, or another --out."
+                "give what it was begun with, or another --out."
             )
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sam as ps
-from pyro_sam.study.begun import checksum, search
+from pyro_sam.study.begun import checksum, key, search
 from pyro_sam.study.datasets import Dataset
 from pyro_sam.study.methods import METHODS, Method
 from pyro_sam.study.network import bayesian_mlp
@@ -115,7 +115,7 @@ def _begun_with(
     kept = {name: value for name, value in asdict(settings).items() if name not in no_part}
     if "rho" not in space(method):
         kept["rho"] = settings.rho.get(method.name)
-    return {**kept, "data": checksum(dataset.x_train, dataset.y_train, *validation)}
+    return key(checksum(dataset.x_train, dataset.y_train, *validation), kept)
 
 
 def choose_all(

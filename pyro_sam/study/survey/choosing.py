@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pyro_sam as ps
-from pyro_sam.study.begun import search
+from pyro_sam.study.begun import key, search
 from pyro_sam.study.survey.problems import Problem
 from pyro_sam.study.survey.sizes import Size
 from pyro_sam.study.survey.training import Minibatches, Task, apart, train
@@ -73,7 +73,8 @@ def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[s
     from optuna.samplers import PartialFixedSampler
 
     study, space, zero = _study(task, problem, size, file), task.method.distributions(), task.method.zero
-    run, at_zero = _ask if task.method.own else _tune, round(size.trials * _AT_ZERO) if zero else size.trials
+    run = _ask if task.method.own or task.method.members > 1 else _tune
+    at_zero = round(size.trials * _AT_ZERO) if zero else size.trials
     free, sampler = {name: space[name] for name in space if name != zero}, study.sampler
     _once(study, "spread", lambda: _enqueue(study, free, [{zero: 0.0} if zero else {}], at_zero))
     study.sampler = PartialFixedSampler({zero: 0.0}, sampler) if zero else sampler
@@ -116,10 +117,10 @@ def _tune(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> 
 
 
 def _ask(task: Task, problem: Problem, size: Size, study: Any, trials: int) -> None:
-    """Do what :func:`_tune` does for a method that Pyro's SVI does not train."""
+    """Do what :func:`_tune` does for a method that Pyro's SVI does not train, or of which several are mixed."""
     space = task.method.distributions()
     while left := trials - sum(trial.state.is_finished() for trial in study.trials):
-        together = 1 if task.method.plain else size.max_replicas  # a kill then takes one trial
+        together = 1 if task.method.plain else max(1, size.max_replicas // task.method.members)  # a kill takes few
         asked = [study.ask(space) for _ in range(min(left, together))]
         outcomes = train(task, [trial.params for trial in asked], [problem] * len(asked), num_samples=32)
         for trial, outcome in zip(asked, outcomes, strict=True):
@@ -137,7 +138,7 @@ def _study(task: Task, problem: Problem, size: Size, file: Path) -> Any:
     from optuna.samplers import TPESampler
 
     here = {name: getattr(size, name) for name in ("trials", "max_replicas", "autocast")}
-    here |= {"gradients": task.gradients, "data": problem.checksum()}
+    here = key(problem.checksum(), {**here, "gradients": task.gradients, "members": task.method.members})
     return search(file, here, TPESampler(seed=0, constant_liar=True))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro_sam as ps
-from pyro_sam.study.begun import BEGUN
+from pyro_sam.study.begun import BEGUN, key
 from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.problems import Draws, Problem
 from pyro_sam.study.survey.records import FLATNESS, Records
@@ -40,7 +40,7 @@ def at_equal_settings(records: Records, draws: Draws, size: Size) -> None:
         OutputError: If there are runs with other arguments, or on other data.
     """
     data, steps, seeds = draws.source.name, size.budget(draws.source) // 2, size.seeds
-    begun_with = {"steps": steps, "autocast": size.autocast, "data": draws.checksum()}
+    begun_with = key(draws.checksum(), {"steps": steps, "autocast": size.autocast})
     problems, rows = draws.final(seeds), []
     for name in _OWN:
         records.of({"data": data, "method": name}, begun_with, FLATNESS)

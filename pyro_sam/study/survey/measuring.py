@@ -41,7 +41,7 @@ class Trained:
 
         Args:
             problems: Problem of each run.
-            num_samples: Weight samples of a prediction.
+            num_samples: Weight samples of a prediction, of all members together.
             at_mean: Whether to predict with the network at the guide's mean instead.
         """
 
@@ -90,7 +90,8 @@ class Trained:
         return range(k * self.members, (k + 1) * self.members)
 
     def _predict(self, k: int, num_samples: int, at_mean: bool) -> Predict:
-        options: dict[str, Any] = {"num_samples": num_samples, "samples_at_once": min(num_samples, self.source.at_once)}
+        each = math.ceil(num_samples / self.members)
+        options: dict[str, Any] = {"num_samples": each, "samples_at_once": min(each, self.source.at_once)}
 
         def predict(x: Tensor) -> ps.Prediction:
             parts = []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, product
 from typing import Any, NamedTuple
 
-from pyro_sam.study.begun import BEGUN
+from pyro_sam.study.begun import BEGUN, key
 from pyro_sam.study.survey.methods import METHODS
 from pyro_sam.study.survey.problems import Draws, Source
 from pyro_sam.study.survey.records import SENSITIVITY, Records
@@ -68,7 +68,7 @@ def sensitivity(
                 if base is None:
                     say(f"{data}, {name}: no settings of {name} or {BASELINE} to begin from; run the study first")
                     continue
-                begun_with = {**_begun_with(size, setting, *base), "data": checksum}
+                begun_with = key(checksum, _arguments(size, setting, *base))
                 left = _left(records, {"data": data, "method": name, "setting": setting}, pairs, begun_with)
                 if not mine or not left:
                     continue
@@ -86,8 +86,8 @@ def _left(
     return [pair for pair in pairs if pair not in done]
 
 
-def _begun_with(size: Size, setting: str, settings: Mapping[str, float], gradients: int) -> dict[str, Any]:
-    """Return what decides a run of a sweep, but for its value, its seed and the data."""
+def _arguments(size: Size, setting: str, settings: Mapping[str, float], gradients: int) -> dict[str, Any]:
+    """Return the arguments of a run of a sweep, but for its value and its seed."""
     others = {name: value for name, value in settings.items() if name != setting}
     about = {name: getattr(size, name) for name in ("num_samples", "test_rows", "autocast")}
     return {**others, "gradients": gradients, **about}

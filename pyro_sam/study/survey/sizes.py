@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pyro_sam.study.begun import key
 from pyro_sam.study.survey.problems import Draws, Source
 
 
@@ -48,7 +49,7 @@ class Size:
         """Return what decides a run on a data set, but for its seed; a device decides nothing."""
         other = {"gradients", "equal_budget", "data", "seeds", "device"}
         kept = {name: value for name, value in asdict(self).items() if name not in other}
-        return {"gradients": self.budget(draws.source), **kept, "data": draws.checksum()}
+        return key(draws.checksum(), {"gradients": self.budget(draws.source), **kept})
 
 
 SIZES = {

@@ -130,9 +130,9 @@ def _run(
 ) -> None:
     """Train with each seed that is left, and record the runs as they are done."""
     members, problems = method.members, draws.final(size.seeds)
-    task = Task(method, draws.source, round(_gradients(draws, size) * method.budget / members), size.autocast)
+    task = Task(method, draws.source, round(_gradients(draws, size) * method.budget), size.autocast)
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
-    about |= {"gradients": task.gradients * members, BEGUN: begun_with}
+    about |= {"gradients": task.gradients, BEGUN: begun_with}
     flat: list[dict[str, float]] = []
 
     def keep(first: int, outcomes: Sequence[Outcome]) -> None:

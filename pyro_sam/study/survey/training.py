@@ -35,7 +35,7 @@ class Task:
     Args:
         method: The method.
         source: The data set.
-        gradients: Gradients of a network of a run.
+        gradients: Gradients of a run, of all of its members together.
         autocast: Whether training runs in bfloat16 where torch knows that to be safe.
     """
 
@@ -46,8 +46,8 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Steps of a run."""
-        return max(1, round(self.gradients / self.method.cost))
+        """Steps of a run; its members take them side by side."""
+        return max(1, round(self.gradients / self.method.cost / self.method.members))
 
     def precision(self, device: torch.device) -> torch.autocast:
         """Return the precision of a training on a device, a context."""
@@ -226,7 +226,7 @@ def _together(
             scores = trained.metrics(problems, num_samples if k == points else CURVE_SAMPLES)
             for outcome, metrics in zip(outcomes, scores, strict=True):
                 outcome.metrics = metrics
-                outcome.curve.append((round(until * task.method.cost), metrics["nll"]))
+                outcome.curve.append((round(until * task.method.cost * members), metrics["nll"]))
         for outcome, metrics in zip(outcomes, trained.metrics(problems, 1, at_mean=True), strict=True):
             outcome.at_mean, outcome.seconds = metrics, seconds / len(problems)
         if shift:
