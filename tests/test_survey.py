@@ -481,6 +481,15 @@ def test_members_share_the_gradients_of_a_run(name: str) -> None:
     assert [gradients for gradients, _ in outcome.curve] == [20, 40]
 
 
+@pytest.mark.parametrize("name", ["mfvi", "dropout"])
+def test_a_run_of_few_steps_is_looked_at_after_each(name: str) -> None:
+    """Points that fall together would be predicted again and again, the first of them before any step."""
+    problem, settings = Draws(survey_worker.SOURCE).final(1)[0], {"kl_weight": 0.1, "lr": 0.01, "rate": 0.1}
+    (outcome,) = train(Task(METHODS[name], survey_worker.SOURCE, 3), [settings], [problem], num_samples=4, points=20)
+    assert [gradients for gradients, _ in outcome.curve] == [1, 2, 3]
+    assert outcome.curve[-1][1] == outcome.metrics["nll"]
+
+
 def test_trials_of_members_are_judged_by_their_mixture(tmp_path: Path) -> None:
     draws, task = Draws(survey_worker.SOURCE), Task(METHODS["mfvi-mixed"], survey_worker.SOURCE, 40)
     choose(task, draws.tuning(1), survey_worker.SIZE, tmp_path / "log")
@@ -504,6 +513,18 @@ def test_the_command_makes_tables_and_figures(tmp_path: Path, monkeypatch: Any, 
     assert cli.main(["study", "--report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "runs.jsonl").read_text() == before
     assert "| map" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--autocast"]], ids=str)
+def test_the_paper_size_runs_to_its_end(words: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    small = ["--data", "digits-60", "--gradients", "8", "--trials", "2", "--seeds", "2", "--methods", "mfvi", "sam"]
+    assert cli.main(["study", "--paper", *small, "--out", str(tmp_path), *words]) == 0
+    rows = Records(tmp_path).read()
+    assert {(row["method"], row["seed"]) for row in rows} == set(itertools.product(("mfvi", "sam"), (0, 1)))
+    assert {row["begun_with"]["num_samples"] for row in rows} == {256}
+    assert {len(row["curve"]) for row in rows if row["method"] == "mfvi"} == {8}
+    assert "| mfvi " in capsys.readouterr().out
 
 
 def test_a_report_of_a_sweep_draws_searches_that_came_to_no_run(

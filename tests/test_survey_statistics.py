@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pyro_sam.study.survey.statistics import differences, mean_and_error, passes, verdicts
-from pyro_sam.study.survey.tables import report, sensitivity, summary
+from pyro_sam.study.survey.tables import curves, report, results, sensitivity, summary
 
 
 def runs(data: str = "digits-120", **numbers: list[Any]) -> list[Any]:
@@ -98,3 +98,21 @@ def test_values_of_a_setting_are_paired_with_zero_or_the_best(setting: str, base
     cells = dict(zip(*([cell.strip() for cell in each.split("|")[3:-1]] for each in (head, line)), strict=True))
     assert cells[f"{other:g}"] == f"{paired.mean():+.3f} ± {stats.sem(paired):.3f}"
     assert cells[f"{base:g}"].startswith(f"{np.mean(numbers[base]):.3f} ±")
+
+
+def test_curves_are_aligned_by_gradients() -> None:
+    # two gradients a step: half as many points, and one of them rounded
+    rows = [
+        {"data": "digits-120", "method": "mfvi", "seed": 0, "curve": [[1, 0.9], [2, 0.8], [3, 0.7], [4, 0.6]]},
+        {"data": "digits-120", "method": "mfvi", "seed": 1, "curve": [[1, 0.7], [2, 0.6], [3, 0.5], [4, None]]},
+        {"data": "digits-120", "method": "ascended", "seed": 0, "curve": [[2, 0.3], [5, 0.2]]},
+        {"data": "digits-120", "method": "mfvi-twice", "seed": 0, "curve": [[8, 0.1]]},
+    ]
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in curves(rows, "digits-120").splitlines()]
+    assert found[0] == ["NLL after", "1", "2", "3", "4"]
+    assert found[2:] == [["mfvi", "0.800", "0.700", "0.600", "nan"], ["ascended", "", "0.300", "", "0.200"]]
+
+
+def test_a_single_run_has_no_error() -> None:
+    line = results(runs(mfvi=MFVI[:1]), "digits-120").splitlines()[2]
+    assert line.split("|")[2].strip() == "0.300"

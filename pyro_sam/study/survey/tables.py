@@ -83,17 +83,19 @@ def results(rows: Rows, data: str) -> str:
 
 def curves(rows: Rows, data: str) -> str:
     """Return the learning curves: the mean NLL at shares of the budget, those of a longer or shorter one aside."""
-    heads, lines = ["NLL after"], []
-    for name in methods_of([row for row in rows if row["data"] == data]):
-        found = [row for row in rows if (row["data"], row["method"]) == (data, name) and "curve" in row]
-        if found and METHODS[name].budget == 1:
-            heads = ["NLL after", *(f"{gradients:.0f}" for gradients, _ in found[0]["curve"])]
-            means = [
-                mean_and_error([nll for _, nll in point])[0]
-                for point in zip(*(row["curve"] for row in found), strict=True)
-            ]
-            lines.append([_title(name), *(f"{mean:.3f}" for mean in means)])
-    return _table(lines, heads)
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        if row["data"] == data and "curve" in row and METHODS[row["method"]].budget == 1:
+            found.setdefault(row["method"], []).append(row["curve"])
+    points = max(([gradients for gradients, _ in curves[0]] for curves in found.values()), key=len, default=[])
+    lines = []
+    for name in filter(found.get, METHODS):
+        cells = dict.fromkeys(points, "")
+        for point in zip(*found[name], strict=True):
+            nearest = min(points, key=lambda each: abs(each - point[0][0]))
+            cells[nearest] = f"{mean_and_error([nll for _, nll in point])[0]:.3f}"
+        lines.append([_title(name), *cells.values()])
+    return _table(lines, ["NLL after", *map(str, points)])
 
 
 def shift(rows: Rows, data: str) -> str:
@@ -168,7 +170,8 @@ def _mean(rows: Rows, data: str, method: str, metric: str, group: str = "metrics
     if not found:
         return ""
     mean, error = mean_and_error(found)
-    return f"{mean:.3g} ± {error:.1g}" if group == "flat" else f"{mean:.3f} ± {error:.3f}"
+    left, right = (f"{mean:.3g}", f"{error:.1g}") if group == "flat" else (f"{mean:.3f}", f"{error:.3f}")
+    return left if len(found) == 1 else f"{left} ± {right}"
 
 
 def _signed(difference: Any) -> str:

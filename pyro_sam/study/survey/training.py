@@ -49,6 +49,10 @@ class Task:
         """Steps of a run; its members take them side by side."""
         return max(1, round(self.gradients / self.method.cost / self.method.members))
 
+    def stops(self, points: int) -> list[int]:
+        """Return the steps after which a run is looked at, so many at even distances, or each step of fewer."""
+        return sorted({max(1, round(k * self.steps / points)) for k in range(1, points + 1)})
+
     def precision(self, device: torch.device) -> torch.autocast:
         """Return the precision of a training on a device, a context."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
@@ -216,14 +220,14 @@ def _together(
     with apart(seed):
         svi = task.svi(numbers, problems[0])
         step, trained = task.stepper(svi, numbers, num_rows), Trained(svi, task.source, members)
-        for k in range(1, points + 1):
-            until, began = round(k * task.steps / points), process_time()
+        for until in task.stops(points):
+            began = process_time()
             for orders in islice(streams, until - done):
                 batches = [(each.x[rows], each.y[rows]) for each, rows in zip(together, orders, strict=True)]
                 with task.precision(device):
                     step(*map(torch.stack, zip(*batches, strict=True)))
             seconds, done = seconds + process_time() - began, until
-            scores = trained.metrics(problems, num_samples if k == points else CURVE_SAMPLES)
+            scores = trained.metrics(problems, num_samples if until == task.steps else CURVE_SAMPLES)
             for outcome, metrics in zip(outcomes, scores, strict=True):
                 outcome.metrics = metrics
                 outcome.curve.append((round(until * task.method.cost * members), metrics["nll"]))

@@ -64,12 +64,12 @@ def train(
         trained = _Trained(task.source, problem, plain, run, seed)
         batches = iter(Minibatches(problem, task.source.batch_size, task.steps, seed))
         outcome, done = Outcome({}, {}), 0
-        for k in range(1, points + 1):
-            until, began = round(k * task.steps / points), process_time()
+        for until in task.stops(points):
+            began = process_time()
             for x, y in islice(batches, until - done):
                 run.step(x, y)
             outcome.seconds, done = outcome.seconds + process_time() - began, until
-            outcome.metrics = trained.metrics(num_samples if k == points else CURVE_SAMPLES)
+            outcome.metrics = trained.metrics(num_samples if until == task.steps else CURVE_SAMPLES)
             outcome.curve.append((until, outcome.metrics["nll"]))
         outcome.at_mean = trained.metrics(1, at_mean=True)
         outcome.shift = trained.shift(num_samples) if shift else {}
