@@ -84,20 +84,25 @@ def test_the_command_writes_choices_tables_and_picture_and_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("method", "change", "message"),
     [
-        ({"lr": 0.02}, "lr 0.01, not 0.02"),
-        ({"hidden": (5,)}, r"hidden \[4\], not \[5\]"),
-        ({"batch_size": 8}, "batch_size 16, not 8"),
-        ({"kl_weight": 0.2, "rho": {"sam": 0.3}, "num_samples": 3, "threads": 2}, None),
+        ("mfvi", {"lr": 0.02}, "lr 0.01, not 0.02"),
+        ("mfvi", {"hidden": (5,)}, r"hidden \[4\], not \[5\]"),
+        ("mfvi", {"batch_size": 8}, "batch_size 16, not 8"),
+        ("mfvi", {"init_scale": 0.1}, "init_scale 0.01, not 0.1"),
+        ("mix-sam", {"kappa": 0.5}, "kappa 1.0, not 0.5"),
+        ("mfvi", {"kl_weight": 0.2, "rho": {"sam": 0.3}, "num_samples": 3, "threads": 2}, None),
+        ("mfvi", {"kappa": 0.5, "alpha": 3.0}, None),
+        ("ascended", {"kappa": 0.5, "alpha": 3.0}, None),
+        ("mix-sam", {"init_scale": 0.1}, None),
     ],
     ids=str,
 )
 def test_a_search_goes_on_with_the_settings_it_was_begun_with(
-    change: dict[str, Any], message: str | None, tmp_path: Path
+    method: str, change: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     def choose(settings: Settings, trials: int) -> tuning.Choice:
-        return tuning.choose(tiny(), "mfvi", settings, trials=trials, journal=tmp_path / "s", progress=False)
+        return tuning.choose(tiny(), method, settings, trials=trials, journal=tmp_path / "s", progress=False)
 
     choose(TINY, 2)
     before = (tmp_path / "s").read_bytes()
