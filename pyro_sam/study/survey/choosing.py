@@ -9,6 +9,7 @@ reason to leave the simpler method.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyro_sam.study.survey.training import Minibatches, Task, apart, train
 
 _SOBOL = 32  # trials that are no choice of the sampler
 _BASES = 5  # settings at zero that the climbs go on from
+_FASTER = 8.0  # largest factor of a mixture's learning rate
 _AT_ZERO = 3 / 4  # share of the trials of a method with a zero
 
 
@@ -42,11 +44,17 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
     """
     with apart(0):
         finalists = _search(task, problems[0], size, file)
-    pairs = [(settings, problem) for settings in finalists for problem in problems]
-    outcomes = train(task, *zip(*pairs, strict=True), num_samples=64, seed=1)
-    found = torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1)
+    alike = groupby(finalists, lambda each: each.get("members"))
+    found = torch.cat([_again(task, [*part], problems) for _, part in alike])
     best = chosen(finalists, found.nan_to_num(math.inf, posinf=math.inf), task.method.zero)
     return finalists[best], float(found[best].mean())
+
+
+def _again(task: Task, finalists: Sequence[dict[str, float]], problems: Sequence[Problem]) -> Tensor:
+    """Return the validation NLL of settings of one number of members, shape ``(finalists, splits)``."""
+    pairs = [(settings, problem) for settings in finalists for problem in problems]
+    outcomes = train(task.of(finalists[0]), *zip(*pairs, strict=True), num_samples=64, seed=1)
+    return torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1)
 
 
 def chosen(finalists: Sequence[Mapping[str, float]], nll: Tensor, zero: str | None) -> int:
@@ -59,13 +67,17 @@ def chosen(finalists: Sequence[Mapping[str, float]], nll: Tensor, zero: str | No
     """
     means = nll.mean(1)
     best = int(means.argmin())
-    zeros = [k for k, settings in enumerate(finalists) if zero and settings[zero] == 0]
+    zeros = [k for k, settings in enumerate(finalists) if zero and _is_plain(settings, zero)]
     if best in zeros or not zeros:
         return best
     plain = min(zeros, key=lambda k: float(means[k]))
     ahead = nll[plain] - nll[best]
     error = float(ahead.std()) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
     return best if math.isinf(error) or math.isnan(error) or float(ahead.mean()) > error else plain
+
+
+def _is_plain(settings: Mapping[str, float], zero: str) -> bool:
+    return settings[zero] == 0 and settings.get("members", 1) == 1
 
 
 def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
@@ -82,11 +94,39 @@ def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[s
     if not zero:
         return _best(study.trials)[: size.finalists]
     study.sampler, bases = sampler, _best(study.trials[:at_zero])[:_BASES] or [{}]
-    _once(study, "climbs", lambda: _enqueue(study, {zero: space[zero]}, bases, size.trials - at_zero, skip=0))
-    run(task, problem, size, study, size.trials)
+    mixtures = (size.trials - at_zero) // 2 if task.method.mixes > 1 else 0
+    climbs = size.trials - at_zero - mixtures
+    _once(study, "climbs", lambda: _enqueue(study, {zero: space[zero]}, bases, climbs, skip=0))
+    run(task, problem, size, study, at_zero + climbs)
     found, most = _best(study.trials), math.ceil(size.finalists * 5 / 8)
     zeros, others = ([each for each in found if (each[zero] == 0) is is_zero] for is_zero in (True, False))
-    return (zeros[:most] + others)[: size.finalists]
+    if not mixtures:
+        return (zeros[:most] + others)[: size.finalists]
+    mixed = _mixed(task, problem, size, file.with_suffix(".mixed.log"), bases, mixtures)
+    few = math.ceil(size.finalists / 4)
+    return zeros[: size.finalists - 2 * few] + others[:few] + mixed[:few]
+
+
+def _mixed(
+    task: Task, problem: Problem, size: Size, file: Path, bases: Sequence[dict[str, float]], number: int
+) -> list[dict[str, float]]:
+    """Return the settings of mixtures, the best first: bases with a learning rate up to eight times as large.
+
+    Each member has but a share of the gradients.
+    """
+    from scipy.stats.qmc import Sobol
+
+    task = task.of({"members": task.method.mixes})
+    study, largest = _study(task, problem, size, file), task.method.distributions()["lr"].high
+
+    def enqueue() -> None:
+        for k, (u,) in enumerate(Sobol(1, seed=0).random(number)):
+            base = bases[k % len(bases)]
+            study.enqueue_trial({**base, "lr": min(base["lr"] * _FASTER**u, largest)})
+
+    _once(study, "mixtures", enqueue)
+    _ask(task, problem, size, study, number)
+    return [{**each, "members": task.method.members} for each in _best(study.trials)]
 
 
 def _once(study: Any, phase: str, do: Callable[[], None]) -> None:

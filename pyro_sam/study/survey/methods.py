@@ -9,7 +9,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ class Method:
         like: Method whose tuned settings it takes; None to be tuned itself.
         budget: Its gradients over those of the others.
         members: Networks whose predictions are mixed.
+        mixes: How many it may mix in the place of one, as validation rows decide; 1 for a method with no choice.
         zero: Its number that may be 0, where it is plain variational inference or a network without a climb.
         own: Whether it has an optimiser of its own in the place of Pyro's SVI.
         plain: Whether that trains a network without Pyro, one run after another.
@@ -54,6 +55,7 @@ class Method:
     like: str | None = None
     budget: float = 1.0
     members: int = 1
+    mixes: int = 1
     zero: str | None = None
     own: bool = False
     plain: bool = False
@@ -64,6 +66,10 @@ class Method:
     def is_installed(self) -> bool:
         """Whether the package that it is from is there."""
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+    def of(self, settings: Mapping[str, float]) -> "Method":
+        """Return the method with the number of members that settings choose; itself where they choose none."""
+        return replace(self, members=int(settings["members"])) if "members" in settings else self
 
     def distributions(self) -> dict[str, Any]:
         """Return what is searched, as Optuna's distributions by name."""
@@ -93,6 +99,7 @@ class Method:
         return ps.MeanFieldNormal(model, init_scale=one_each, learn_scale=self.guide == "learnt", num_replicas=replicas)
 
 
+_CLIMB = {"alpha": (0.0, 10.0)}
 _ALPHA, _RADIUS, _KAPPA = {"alpha": (-3.0, 15.0)}, {"rho": (0.0, 15.0)}, {"kappa": (0.0, 3.0)}
 _SAM, _ASAM, _FIXED = {"rho": (0.0, 0.5)}, {"rho": (0.0, 3.0)}, {"rho": (0.0, 2.0)}
 _BSAM = {"rho": (0.0, 2.0), "lr": (1e-2, 3.0, True)}
@@ -163,6 +170,8 @@ _ALL = (
            members=4),
     Method("ascended-previous-mixed", "four posteriors of ascended-previous mixed, likewise", _ascended, _ALPHA, 1,
            elbo=_PREVIOUS, members=4, zero="alpha"),
+    Method("choice", "mfvi, ascended-previous or mfvi-mixed, whichever validation rows ask for", _ascended, _CLIMB, 1,
+           elbo=_PREVIOUS, mixes=4, zero="alpha"),
     Method("mfvi-twice", "mfvi with twice the gradients: has it converged?", _gaussian, cost=1, like="mfvi", budget=2),
     Method("ensemble", "five networks of map mixed, five times the gradients", _mean, cost=1, guide="point",
            like="map", budget=5, members=5, outside=True),

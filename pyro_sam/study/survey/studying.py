@@ -129,7 +129,7 @@ def _run(
     say: Say,
 ) -> None:
     """Train with each seed that is left, and record the runs as they are done."""
-    members, problems = method.members, draws.final(size.seeds)
+    method, problems = method.of(settings), draws.final(size.seeds)
     task = Task(method, draws.source, round(_gradients(draws, size) * method.budget), size.autocast)
     about = {"data": draws.source.name, "method": method.name, "settings": settings, "validation": validation}
     about |= {"gradients": task.gradients, BEGUN: begun_with}
@@ -149,7 +149,7 @@ def _run(
         points=size.points,
         seed=2 + left[0],
         shift=True,
-        look=lambda svi, part: flat.extend(flatness(svi, part, members, RUNS - left[0] - len(flat))),
+        look=lambda svi, part: flat.extend(flatness(svi, part, method.members, RUNS - left[0] - len(flat))),
         keep=keep,
     )
 

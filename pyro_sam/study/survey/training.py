@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import process_time
 from typing import Any
@@ -48,6 +48,10 @@ class Task:
     def steps(self) -> int:
         """Steps of a run; its members take them side by side."""
         return max(1, round(self.gradients / self.method.cost / self.method.members))
+
+    def of(self, settings: Mapping[str, float]) -> "Task":
+        """Return the task with the number of members that settings choose."""
+        return replace(self, method=self.method.of(settings))
 
     def stops(self, points: int) -> list[int]:
         """Return the steps after which a run is looked at, so many at even distances, or each step of fewer."""
@@ -213,6 +217,7 @@ def _together(
     numbers = {
         name: torch.tensor([each[name] for each in settings for _ in range(members)], device=device)
         for name in settings[0]
+        if name != "members"
     }
     streams = zip(*(_orders(num_rows, batch_size, seed + r) for r in range(len(together))), strict=True)
     outcomes = [Outcome({}, {}) for _ in problems]
