@@ -564,28 +564,93 @@ def test_settings_of_another_study_are_taken_and_the_rest_is_tuned(
     assert [path.name for path in (tmp_path / "tuning").glob("*.log")] == ["digits-60.asam.log"]
 
 
+@pytest.mark.parametrize(("name", "number"), [("ascended-previous", 4), ("choice", 2)])
 def test_three_of_four_trials_of_a_law_are_those_of_mfvi_and_the_climbs_go_on_from_their_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = dataclasses.replace(survey_worker.SIZE, trials=16)
     draws = Draws(survey_worker.SOURCE)
     monkeypatch.setattr(choosing, "_SOBOL", 8)  # so that the sampler has its say
     found = []
-    for name in ("mfvi", "ascended-previous"):
-        file = tmp_path / f"{name}.log"
-        choose(Task(METHODS[name], survey_worker.SOURCE, 20), draws.tuning(1), size, file)
+    for each in ("mfvi", name):
+        file = tmp_path / f"{each}.log"
+        choose(Task(METHODS[each], survey_worker.SOURCE, 20), draws.tuning(1), size, file)
         found.append(optuna.load_study(study_name="tune", storage=journal(str(file))).trials)
     plain, trials = found
     first, climbs = trials[:12], trials[12:]
-    assert len(plain) == len(trials) == 16
+    assert (len(plain), len(climbs)) == (16, number)
     for mine, theirs in zip(first, plain, strict=False):
         assert mine.params == {**theirs.params, "alpha": 0.0}
         assert mine.value == pytest.approx(theirs.value, rel=1e-5)
     assert len({trial.params["kl_weight"] for trial in first}) == 12
-    best = sorted(first, key=lambda trial: trial.value)[:4]
+    best = sorted(first, key=lambda trial: trial.value)[:number]
     bases = {(trial.params["kl_weight"], trial.params["lr"]) for trial in best}
     assert {(trial.params["kl_weight"], trial.params["lr"]) for trial in climbs} == bases
-    assert len({trial.params["alpha"] for trial in climbs}) == 4
+    assert len({trial.params["alpha"] for trial in climbs}) == number
+    if name == "choice":
+        mixed = optuna.load_study(study_name="tune", storage=journal(str(tmp_path / "choice.mixed.log"))).trials
+        assert len(mixed) == 2
+        for trial, base in zip(mixed, best, strict=True):
+            assert trial.params == {**base.params, "lr": pytest.approx(trial.params["lr"])}
+            assert base.params["lr"] <= trial.params["lr"] <= min(8 * base.params["lr"], 0.03)
+
+
+def test_mixtures_go_on_from_bases_with_a_learning_rate_up_to_eight_times_as_large(tmp_path: Path) -> None:
+    bases = [{"kl_weight": 0.1, "lr": 0.001, "alpha": 0.0}, {"kl_weight": 0.2, "lr": 0.02, "alpha": 0.0}]
+    task, (problem,) = Task(METHODS["choice"], survey_worker.SOURCE, 20), Draws(survey_worker.SOURCE).tuning(1)
+    found = choosing._mixed(task, problem, survey_worker.SIZE, tmp_path / "log", bases, 8)
+    assert all((each["alpha"], each["members"]) == (0.0, 4) for each in found)
+    slow, fast = ([each["lr"] for each in found if each["kl_weight"] == base["kl_weight"]] for base in bases)
+    assert len(set(slow)) == len(fast) == 4
+    assert 0.001 <= min(slow) <= 0.003 < max(slow) <= 0.008
+    assert 0.02 <= min(fast) <= max(fast) == 0.03
+
+
+def test_finalists_are_judged_with_the_members_they_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, draws = dataclasses.replace(survey_worker.SIZE, trials=32, finalists=8), Draws(survey_worker.SOURCE)
+    judged = []
+
+    def watched(task: Task, settings: Any, among: Any, **options: Any) -> Any:
+        if options["num_samples"] == 64:
+            judged.extend((task.method.members, each.get("members", 1), each["alpha"] == 0) for each in settings)
+        return train(task, settings, among, **options)
+
+    monkeypatch.setattr(choosing, "train", watched)
+    choose(Task(METHODS["choice"], survey_worker.SOURCE, 20), draws.tuning(2), size, tmp_path / "log")
+    assert collections.Counter(judged) == {(1, 1, True): 8, (1, 1, False): 4, (4, 4, True): 4}
+
+
+def test_a_choice_of_members_is_a_mixture_of_so_many() -> None:
+    """At alpha 0 it is mfvi-mixed, run by run."""
+    problems, settings = Draws(survey_worker.SOURCE).final(2), {"kl_weight": 0.1, "lr": 0.01, "alpha": 0.0}
+    task = Task(METHODS["choice"], survey_worker.SOURCE, 40)
+    options: dict[str, Any] = {"num_samples": 8, "points": 2}
+    for members, name in ((4, "mfvi-mixed"), (1, "mfvi")):
+        mine = {**settings, "members": float(members)}
+        found = train(task.of(mine), [mine] * 2, problems, **options)
+        plain = {"kl_weight": 0.1, "lr": 0.01}
+        wanted = train(Task(METHODS[name], survey_worker.SOURCE, 40), [plain] * 2, problems, **options)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
+            assert [gradients for gradients, _ in one.curve] == [20, 40]
+
+
+def test_a_study_runs_the_number_of_members_that_was_chosen(tmp_path: Path, monkeypatch: Any) -> None:
+    kept, out = Records(tmp_path / "kept"), Records(tmp_path / "out")
+    settings = {"kl_weight": 0.1, "lr": 0.01, "alpha": 0.0, "members": 4}
+    about = {"data": "digits-60", "seed": 0, "settings": settings, "validation": 1.0}
+    kept.add(
+        [{**about, "method": "choice"}, {**about, "method": "mfvi-mixed", "settings": {"kl_weight": 0.1, "lr": 0.01}}]
+    )
+    monkeypatch.setitem(problems.SOURCES, "digits-60", survey_worker.SOURCE)
+    study(["digits-60"], ["choice", "mfvi-mixed"], survey_worker.SIZE, out, None, lambda _: None, kept)
+    found = {(row["method"], row["seed"]): row for row in out.read()}
+    assert len(found) == 4
+    for seed in (0, 1):
+        mine, other = found["choice", seed], found["mfvi-mixed", seed]
+        assert mine["settings"] == settings
+        assert (mine["gradients"], mine["curve"][-1][0]) == (20, 20)
+        assert mine["metrics"] == pytest.approx(other["metrics"], rel=1e-3)
 
 
 def test_a_climb_is_chosen_only_if_clear_of_the_best_zero_by_a_standard_error() -> None:
@@ -601,6 +666,15 @@ def test_a_climb_is_chosen_only_if_clear_of_the_best_zero_by_a_standard_error() 
     lost = torch.full((4,), torch.inf)
     assert chosen(finalists, torch.stack([lost, lost, unclear]), "alpha") == 2  # no zero ended well
     assert chosen(finalists[2:], unclear[None], "alpha") == 0
+
+
+def test_a_mixture_is_chosen_only_if_clear_of_the_best_single_posterior() -> None:
+    finalists = [{"alpha": 0.0}, {"alpha": 3.0}, {"alpha": 0.0, "members": 4.0}]
+    ahead, level = torch.tensor([0.8, 0.8, 0.9, 0.9]), torch.tensor([0.5, 1.3, 0.9, 1.1])
+    one = torch.ones(4)
+    assert chosen(finalists, torch.stack([one, one + 1, ahead]), "alpha") == 2
+    assert chosen(finalists, torch.stack([one, one + 1, level]), "alpha") == 0
+    assert chosen(finalists, torch.stack([one, ahead - 0.1, ahead]), "alpha") == 1
 
 
 def test_the_command_measures_flatness(finished: Path, monkeypatch: Any) -> None:
