@@ -620,6 +620,24 @@ def test_finalists_are_judged_with_the_members_they_choose(tmp_path: Path, monke
     assert collections.Counter(judged) == {(1, 1, True): 8, (1, 1, False): 4, (4, 4, True): 4}
 
 
+def test_a_choice_of_two_finalists_keeps_a_single_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, draws, judged = dataclasses.replace(survey_worker.SIZE, trials=8), Draws(survey_worker.SOURCE), []
+    monkeypatch.setattr(choosing, "chosen", lambda finalists, *_: judged.extend(finalists) or 0)
+    choose(Task(METHODS["choice"], survey_worker.SOURCE, 20), draws.tuning(1), size, tmp_path / "log")
+    assert [each["alpha"] == 0 for each in judged] == [True, False]
+
+
+def test_a_choice_none_of_whose_trials_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "_tune", lambda *_: None)  # no trial ends
+    with pytest.raises(ValueError, match="no trial"):
+        choose(
+            Task(METHODS["choice"], survey_worker.SOURCE, 20),
+            Draws(survey_worker.SOURCE).tuning(1),
+            dataclasses.replace(survey_worker.SIZE, trials=8),
+            tmp_path / "log",
+        )
+
+
 def test_a_choice_of_members_is_a_mixture_of_so_many() -> None:
     """At alpha 0 it is mfvi-mixed, run by run."""
     problems, settings = Draws(survey_worker.SOURCE).final(2), {"kl_weight": 0.1, "lr": 0.01, "alpha": 0.0}

@@ -4,7 +4,8 @@ A method whose own number may be zero, where it is plain variational inference o
 quarters of its trials there, the very ones that a method without such a number begins with; the others climb from the
 best of these. It ends at another number only where that is ahead of the best zero by more than one standard error over
 the tuning splits (the rule of one standard error, Breiman et al. 1984): what validation rows cannot tell apart is no
-reason to leave the simpler method.
+reason to leave the simpler method. A method that may mix gives half of its climbs to mixtures, and the rule holds for
+these too.
 """
 
 import math
@@ -44,6 +45,8 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
     """
     with apart(0):
         finalists = _search(task, problems[0], size, file)
+    if not finalists:
+        raise ValueError(f"no trial of {task.method.name} ended with a finite NLL.")
     alike = groupby(finalists, lambda each: each.get("members"))
     found = torch.cat([_again(task, [*part], problems) for _, part in alike])
     best = chosen(finalists, found.nan_to_num(math.inf, posinf=math.inf), task.method.zero)
@@ -81,7 +84,7 @@ def _is_plain(settings: Mapping[str, float], zero: str) -> bool:
 
 
 def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
-    """Return the settings of the best trials; five of eight are at zero where the method has one."""
+    """Return the settings of the best trials; five of eight are at zero where the method has one, four if it mixes."""
     from optuna.samplers import PartialFixedSampler
 
     study, space, zero = _study(task, problem, size, file), task.method.distributions(), task.method.zero
@@ -100,11 +103,11 @@ def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[s
     run(task, problem, size, study, at_zero + climbs)
     found, most = _best(study.trials), math.ceil(size.finalists * 5 / 8)
     zeros, others = ([each for each in found if (each[zero] == 0) is is_zero] for is_zero in (True, False))
-    if not mixtures:
+    if not mixtures or not bases[0]:
         return (zeros[:most] + others)[: size.finalists]
     mixed = _mixed(task, problem, size, file.with_suffix(".mixed.log"), bases, mixtures)
     few = math.ceil(size.finalists / 4)
-    return zeros[: size.finalists - 2 * few] + others[:few] + mixed[:few]
+    return (zeros[: max(1, size.finalists - 2 * few)] + others[:few] + mixed[:few])[: size.finalists]
 
 
 def _mixed(
