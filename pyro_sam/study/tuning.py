@@ -112,9 +112,9 @@ def _begun_with(
 ) -> dict[str, Any]:
     """Return what decides a trial but for what is searched; the number of epochs is known to the search itself."""
     no_part = {"epochs", "rho", "num_samples", "curve_points", "device", "threads", *space(method)}
-    has_part = {"kappa": method.name == "mix-sam", "alpha": method.name == "ascended"}
-    has_part["init_scale"] = method.guide == "learnt"
-    no_part.update(name for name, is_own in has_part.items() if not is_own)
+    no_part |= {name for name, owner in (("kappa", "mix-sam"), ("alpha", "ascended")) if method.name != owner}
+    if method.guide != "learnt":
+        no_part.add("init_scale")
     kept = {name: value for name, value in asdict(settings).items() if name not in no_part}
     if "rho" not in space(method):
         kept["rho"] = settings.rho.get(method.name)
