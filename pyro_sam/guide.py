@@ -191,23 +191,45 @@ class MeanFieldNormal(AutoNormal):
             ValueError: If there is no such replica, or the guide has no parameters yet.
         """
         self._check_replica(r)
-        single = type(self)(
+        return self._copy(r, None, f"{self._pyro_name}_{r}")
+
+    def replicas(self, start: int, stop: int) -> "MeanFieldNormal":
+        """Return several replicas that follow each other as a guide with replicas, with copies of their parameters.
+
+        In the param store they are named after them, ``MeanFieldNormal_3_to_6.locs.NAME`` for the fourth to the
+        seventh.
+
+        Args:
+            start: Number of the first, from 0.
+            stop: Number of the last, plus one.
+        Raises:
+            ValueError: If there are no such replicas, or the guide has no parameters yet.
+        """
+        self._check_replica(start)
+        self._check_replica(stop - 1)
+        if stop <= start:
+            raise ValueError(f"stop must be larger than start, got start={start!r} and stop={stop!r}.")
+        return self._copy(slice(start, stop), stop - start, f"{self._pyro_name}_{start}_to_{stop - 1}")
+
+    def _copy(self, rows: int | slice, number: int | None, name: str) -> "MeanFieldNormal":
+        copy = type(self)(
             self.model,
             init_loc_fn=self.init_loc_fn,
             init_scale=self.init_scale,
             learn_scale=self.learn_scale,
             create_plates=self.create_plates,
+            num_replicas=number,
         )
-        single._pyro_name = _free_name(f"{self._pyro_name}_{r}")
-        _copies[single._pyro_name] = single
-        single.prototype_trace, single._prototype_frames = self.prototype_trace, self._prototype_frames
-        single._event_dims = dict(self._event_dims)
-        single.locs = PyroModule()
-        for name, event_dim in self._event_dims.items():
-            loc = attrgetter(name)(self.locs)[r].detach().clone()
-            deep_setattr(single.locs, name, PyroParam(loc, constraints.real, event_dim))
-        single._set_up_scales(lambda site, loc: attrgetter(site["name"])(self.scales)[r].detach().clone())
-        return single
+        copy._pyro_name = _free_name(name)
+        _copies[copy._pyro_name] = copy
+        copy.prototype_trace, copy._prototype_frames = self.prototype_trace, self._prototype_frames
+        copy._event_dims = dict(self._event_dims)
+        copy.locs = PyroModule()
+        for site, event_dim in self._event_dims.items():
+            loc = attrgetter(site)(self.locs)[rows].detach().clone()
+            deep_setattr(copy.locs, site, PyroParam(loc, constraints.real, event_dim))
+        copy._set_up_scales(lambda site, loc: attrgetter(site["name"])(self.scales)[rows].detach().clone())
+        return copy
 
     @contextmanager
     def as_replica(self, r: int) -> Iterator[None]:

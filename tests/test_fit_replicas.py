@@ -103,6 +103,59 @@ def test_replicas_may_be_validated_together() -> None:
     assert found == pytest.approx([-float(together.replica(r).log_prob(y).mean()) for r in range(R)], rel=1e-12)
 
 
+def of_four(**kwargs: Any) -> SVI:
+    return build(**{"number": 4, "lr": (0.02, 0.005, 0.05, 0.05), "law": ps.Gaussian(), **kwargs})
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_members_are_validated_as_the_mixture_of_their_predictions(at_once: int) -> None:
+    svi, (x, y) = of_four(), unseen()
+    validation = ps.Validation((x, y), num_samples=8, samples_at_once=at_once, members=2)
+    found = fit(svi, 1, validation=validation)["validation"][0]
+
+    def density(r: int) -> Tensor:
+        pyro.set_rng_seed(0)
+        if at_once == 1:
+            return ps.predict(svi.model, svi.guide, x, num_samples=8, replica=r).log_prob(y).double().exp()
+        together = ps.predict(svi.model, svi.guide, x, num_samples=8, samples_at_once=at_once)
+        return together.replica(r).log_prob(y).double().exp()
+
+    mixtures = [-float(((density(r) + density(r + 1)) / 2).log().mean()) for r in (0, 2)]
+    assert found == pytest.approx([mixtures[0], mixtures[0], mixtures[1], mixtures[1]], rel=1e-6)
+    assert mixtures[0] < (-density(0).log().mean() - density(1).log().mean()) / 2  # Jensen
+    assert round(mixtures[0], 3) != round(mixtures[1], 3)
+
+
+def test_members_end_at_the_same_epoch_and_mixtures_each_at_their_own() -> None:
+    seen: list[Any] = []
+    validation = ps.Validation(unseen(), num_samples=8, members=2)
+    history = fit(svi := of_four(), 14, validation=validation, callbacks=[noting(seen)])["validation"]
+    best = [min(range(14), key=lambda e, r=r: history[e][r]) for r in range(4)]
+    assert best[0] == best[1] != best[2] == best[3]
+    for name, value in weights(svi).items():
+        for r in range(4):
+            assert torch.equal(value[r], seen[best[r]][name][r]), name
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.filterwarnings("ignore:replica 1 ")
+def test_a_mixture_with_a_lost_member_has_no_nll_and_the_others_have_theirs() -> None:
+    history = fit(of_four(lr=(0.02, 1e200, 0.05, 0.05)), 2, validation=ps.Validation(unseen(), members=2))
+    assert [math.isfinite(each) for each in history["validation"][-1]] == [False, False, True, True]
+
+
+def test_members_need_a_multiple_of_their_number_and_the_same_rows() -> None:
+    for number, there in ((3, "num_replicas=3"), (None, "a single one")):
+        svi = build(number, lr=0.01, law=ps.Gaussian())
+        with pytest.raises(ValueError, match=f"validation mixes members=2 .*a multiple of that, got {there}"):
+            fit(svi, 1, validation=ps.Validation(unseen(), members=2))
+    own = tuple(ps.per_replica(torch.stack([part] * 4)) for part in unseen())
+    with pytest.raises(ValueError, match="cannot mix members that have rows of their own"):
+        fit(of_four(), 1, validation=ps.Validation(own, members=2))
+    with pytest.raises(ValueError, match="members must be a whole number"):
+        ps.Validation(unseen(), members=0)
+
+
 def test_each_replica_may_be_validated_on_rows_of_its_own() -> None:
     x, y = unseen()
     xs, ys = torch.stack([x, x + 1, x - 1]), torch.stack([y, -y, 2 * y])

@@ -515,6 +515,39 @@ def test_one_replica_is_a_guide_of_its_own_saved_and_loaded_alone() -> None:
     SVI(model, fresh, pyro.optim.Adam({"lr": 0.05}), ps.SAM_ELBO()).step(X, LABELS)
 
 
+def test_several_replicas_are_a_guide_of_their_own_that_trains_and_predicts() -> None:
+    model = MODELS["mlp"][0]()
+    guide = ps.MeanFieldNormal(model, num_replicas=4, learn_scale=False)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), ps.SAM_ELBO(ps.Gaussian())).step(X, LABELS)
+    some, before = guide.replicas(1, 3), [guide.replica(r).median() for r in range(4)]
+    assert some.num_replicas == 2
+    for r in range(2):
+        for name, value in some.replica(r).median().items():
+            assert torch.equal(value, before[1 + r][name])
+    assert [*some.buffers()]
+    for mine, of_all in zip(some.buffers(), guide.buffers(), strict=True):
+        assert torch.equal(mine, of_all[1:3])
+    SVI(model, some, pyro.optim.Adam({"lr": 0.05}), ps.SAM_ELBO(ps.Gaussian())).step(X, LABELS)
+    for r in range(4):  # a copy
+        assert all(torch.equal(value, before[r][name]) for name, value in guide.replica(r).median().items())
+    assert not torch.equal(next(some.parameters())[0], next(guide.parameters())[1])
+    mixed = ps.predict(model, some, X, num_samples=2)
+    torch.testing.assert_close(mixed.probs, (mixed.replica(0).probs + mixed.replica(1).probs) / 2)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (-1, 2), (2, 2), (3, 1), (0.0, 2)])
+def test_replicas_that_are_not_there_are_refused(start: Any, stop: Any) -> None:
+    model = MODELS["mlp"][0]()
+    guide = ps.MeanFieldNormal(model, num_replicas=4)
+    with pytest.raises(ValueError, match="no parameters yet"):
+        guide.replicas(0, 2)
+    guide.initialize(X, LABELS)
+    with pytest.raises(ValueError, match=r"replica must be a whole number from 0 to 3|stop must be larger than start"):
+        guide.replicas(start, stop)
+    with pytest.raises(ValueError, match="has no replicas"):
+        ps.MeanFieldNormal(model).initialize(X, LABELS).replicas(0, 1)
+
+
 def test_a_copy_of_a_replica_keeps_its_parameters_when_another_is_made() -> None:
     """Two trainings' replicas have one name each in Pyro's store, which decides whose parameters a guide has."""
     model = MODELS["mlp"][0]()

@@ -77,6 +77,56 @@ def test_trials_side_by_side_are_a_run_of_their_replicas() -> None:
         assert params[t]["epoch"] == column.index(min(column)) + 1
 
 
+def test_a_trial_of_members_is_the_run_of_their_mixture() -> None:
+    validation = ps.Validation(VALIDATION, members=2)
+    tuned = tune(num_epochs=6, validation=validation, max_replicas=8)
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    params = {row["trial"]: row for row in tuned.table}
+    settings = {name: torch.tensor([params[t][name] for t in range(4) for _ in range(2)]) for name in SPACE}
+    history = ps.fit(build(settings), TRAIN, 6, progress=False, validation=validation)["validation"]
+    for t in range(4):
+        column = [each[2 * t] for each in history]
+        assert params[t]["nll"] == min(column)
+        assert params[t]["epoch"] == column.index(min(column)) + 1
+    assert tuned.guide.num_replicas == 2
+    pyro.set_rng_seed(0)
+    first = ps.predict(tuned.model, tuned.guide, VALIDATION[0], replica=0)
+    pyro.set_rng_seed(0)
+    second = ps.predict(tuned.model, tuned.guide, VALIDATION[0], replica=1)
+    mixed = ((first.log_prob(VALIDATION[1]).exp() + second.log_prob(VALIDATION[1]).exp()) / 2).log()
+    assert -float(mixed.mean()) == pytest.approx(tuned.table[0]["nll"], rel=1e-12)
+
+
+def test_as_many_replicas_as_are_asked_for_run_side_by_side_of_whole_trials() -> None:
+    numbers = []
+
+    def counted(settings: Any) -> SVI:
+        numbers.append(len(settings["alpha"]))
+        return build(settings)
+
+    tune(counted, validation=ps.Validation(VALIDATION, members=3), max_replicas=8, num_trials=5)
+    assert numbers[:3] == [6, 6, 6]  # the looks before
+    assert numbers[3:] == [6, 6, 3]
+    numbers.clear()
+    tune(counted, validation=ps.Validation(VALIDATION, members=3), max_replicas=1, num_trials=2)
+    assert set(numbers) == {3}
+
+
+def test_a_search_of_members_goes_on_gives_its_guide_again_and_is_refitted(tmp_path: Path) -> None:
+    validation = ps.Validation(VALIDATION, members=2)
+    first = tune(study=tmp_path / "s", validation=validation)
+    again = tune(study=tmp_path / "s", validation=validation, refit=True)
+    assert again.table == first.table
+    assert again.guide.num_replicas == 2
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = build({name: torch.tensor([again.best[name]] * 2) for name in SPACE})
+    ps.fit(svi, [*TRAIN, VALIDATION], again.table[0]["epoch"], progress=False)
+    for name, value in svi.guide.named_parameters():
+        torch.testing.assert_close(again.guide.get_parameter(name), value)  # a copy's scale is inverted anew
+
+
 def test_the_first_trial_is_plain_variational_inference() -> None:
     tuned = tune(space=ps.default_space())
     first = next(row for row in tuned.table if row["trial"] == 0)
@@ -301,6 +351,10 @@ REFUSED = [
         for name in ("nll", "epoch", "state", "trial", "why")
     ],
     ({"build": wrong_number}, r"build must return .*there are 2 trials, and the guide has num_replicas=1"),
+    (
+        {"build": wrong_number, "validation": ps.Validation(VALIDATION, members=3)},
+        r"build must return .*there are 6 members, and the guide has num_replicas=1",
+    ),
     ({"build": lambda s: s["alpha"] + s["kl_weight"]}, "build must return a pyro"),
     ({"build": wrong_weights}, "kl_weight must have a number for each of the guide's 2 replicas, got 3"),
     ({"validation": (X,)}, "validation must hold observations"),
@@ -397,7 +451,7 @@ def test_a_name_that_some_category_alone_reads_is_read() -> None:
             "made with another space: alpha is .*3.0.* there, .*9.0.* here",
         ),
         ({"kl_weight": SPACE["kl_weight"]}, 3, "made with another space: alpha is .* there, not in it here"),
-        (SPACE, 5, "made with num_epochs=3, and numbers after 5 epochs do not compare"),
+        (SPACE, 5, "made with num_epochs=3, and its trials do not compare with those of num_epochs=5"),
     ],
 )
 def test_a_study_of_another_search_is_refused_and_kept(space: Any, epochs: int, message: str, tmp_path: Path) -> None:
@@ -409,6 +463,12 @@ def test_a_study_of_another_search_is_refused_and_kept(space: Any, epochs: int, 
     with pytest.raises(ValueError, match=f"study was {message}"):
         tune(lax, space, study=tmp_path / "s", num_trials=9, num_epochs=epochs)
     assert (tmp_path / "s").read_bytes() == before
+
+
+def test_a_study_of_single_posteriors_takes_no_mixtures(tmp_path: Path) -> None:
+    tune(study=tmp_path / "s")
+    with pytest.raises(ValueError, match="made with members=1, and its trials do not compare with those of members=2"):
+        tune(study=tmp_path / "s", validation=ps.Validation(VALIDATION, members=2))
 
 
 def test_a_study_with_other_trials_or_another_direction_is_refused() -> None:

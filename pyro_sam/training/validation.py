@@ -42,6 +42,8 @@ class Validation:
         site: Name of the observed site; None for the only one there is, or ``"obs"`` among several.
         samples_at_once: Number of posterior samples, and with more than 1 of all replicas, that run together; see
             :func:`pyro_sam.predict`.
+        members: Number M of replicas that predict as one mixture: the first M, the next M and so on. The NLL of each is
+            then that of its mixture, of M S samples, so that all of a mixture stop, and are best, at the same epoch.
     Raises:
         ValueError: If ``data`` cannot be iterated anew, or a number is not positive.
     """
@@ -50,11 +52,13 @@ class Validation:
     num_samples: int = 32
     site: str | None = None
     samples_at_once: int = 1
+    members: int = 1
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         positive_int("num_samples", self.num_samples)
         positive_int("samples_at_once", self.samples_at_once)
+        positive_int("members", self.members)
         if not isinstance(self.data, Iterable) or isinstance(self.data, str | bytes):
             raise ValueError(f"validation must be batches, or one batch such as (x, y), got {self.data!r}.")
         if isinstance(self.data, Iterator):
@@ -73,6 +77,7 @@ class Validation:
             args = _by_place(model, batch)
             _check_rows(args)
             check_own((args, {}), replicas_of(guide))
+            self._check_members(replicas_of(guide), has_own(args))
             args = of_replica(args, 0)
             runs = [poutine.trace(model).get_trace]
             if can_run(runs, args):  # not every model does at draws from its prior
@@ -91,11 +96,30 @@ class Validation:
                 args = _by_place(svi.model, batch)
                 _check_rows(args)
                 with _explained(batch):
-                    found = self._log_prob(svi.model, svi.guide, args)
+                    found = self._mixed(self._log_prob(svi.model, svi.guide, args))
                 total, count = total - found.sum(-1), count + found.shape[-1]
         totals, counts = zip(*gathered((total, count)), strict=True)
         nll: Number = (sum(totals) / sum(counts)).tolist()
         return nll
+
+    def _check_members(self, number: int | None, own_rows: bool) -> None:
+        if self.members == 1:
+            return
+        if number is None or number % self.members:
+            there = "a single one" if number is None else f"num_replicas={number}"
+            raise ValueError(
+                f"validation mixes members={self.members} replicas, and needs a guide with a multiple of that, got "
+                f"{there}."
+            )
+        if own_rows:
+            raise ValueError("validation cannot mix members that have rows of their own (per_replica).")
+
+    def _mixed(self, log_prob: Tensor) -> Tensor:
+        """Return the log probability of the mixture that each replica is a member of."""
+        if self.members == 1:
+            return log_prob
+        of_mixture = log_prob.view(-1, self.members, log_prob.shape[-1]).logsumexp(1) - math.log(self.members)
+        return of_mixture.repeat_interleave(self.members, 0)
 
     @torch.no_grad()
     def _log_prob(self, model: Callable[..., Any], guide: Any, args: tuple[Any, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """A study that several processes share: every trial that counts is finished once, whoever dies."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,14 +31,16 @@ class Ledger:
         self._mine: dict[int, Any] = {}  # trials that this process runs
         self._states = optuna().trial.TrialState
 
-    def open(self, num_epochs: int) -> None:
+    def open(self, numbers: Mapping[str, int]) -> None:
         """Begin, or go on with, a study.
 
+        Args:
+            numbers: What must be equal for its trials to compare.
         Raises:
             ValueError: If the study is not for this search; it is as it was.
         """
         write = optuna().distributions.distribution_to_json
-        mine = {"space": {name: write(each) for name, each in sorted(self.space.items())}, "num_epochs": num_epochs}
+        mine = {"space": {name: write(each) for name, each in sorted(self.space.items())}, **numbers}
         self._check(mine)
         self.study.set_user_attr(_KEY, mine)
         if not any(trial.user_attrs.get("again") == "first" for trial in self._trials()):
@@ -63,11 +65,12 @@ class Ledger:
                 f"{changed[0]} is {there.get(changed[0], 'not in it')} there, {here.get(changed[0], 'not in it')} here"
             )
             raise ValueError(_OTHER.format(what))
-        if kept["num_epochs"] != mine["num_epochs"]:
-            raise ValueError(
-                f"study was made with num_epochs={kept['num_epochs']}, and numbers after {mine['num_epochs']} epochs "
-                "do not compare; use that number, or another study."
-            )
+        for name in mine.keys() - {"space"}:
+            if kept.get(name) != mine[name]:
+                raise ValueError(
+                    f"study was made with {name}={kept.get(name)}, and its trials do not compare with those of "
+                    f"{name}={mine[name]}; use that number, or another study."
+                )
 
     # Taking trials
 

@@ -31,7 +31,7 @@ class Tuned:
 
     Args:
         best: The chosen settings by name.
-        guide: Their guide, a single one, at its best weights.
+        guide: Their guide at its best weights: a single one, or with ``members`` one with as many replicas.
         table: A dict for each trial, the best first: ``trial``, its number; ``state``, which is ``"complete"``,
             ``"pruned"`` or ``"failed"``; ``nll``, the smallest validation NLL of its epochs, and the ``epoch`` that had
             it; its settings by name; ``why`` it failed.
@@ -77,18 +77,22 @@ def tune(
 
     Args:
         build: Called with the settings of R trials; returns an SVI over a guide with R replicas. Of a number in the
-            space the settings hold a vector of length R; of a category one value, which the R trials share:
+            space the settings hold a vector of length R; of a category one value, which the R trials share; with
+            ``members`` M there are R M replicas, and each number M times over:
             ``build(settings)`` may say ``SAM_ELBO(AscendedSample(settings["alpha"]), kl_weight=settings["kl_weight"])``
             and ``MeanFieldNormal(model, num_replicas=len(settings["alpha"]))``.
         space: Optuna's distributions by name, such as :func:`default_space` gives.
         train: Batches to train on, as for :func:`pyro_sam.fit`.
-        validation: Data to choose by, as for :func:`pyro_sam.fit`; keep test data out of it.
+        validation: Data to choose by, as for :func:`pyro_sam.fit`; keep test data out of it. With ``members`` M in a
+            :class:`~pyro_sam.Validation` a trial is M replicas whose predictions are mixed, and an epoch of it takes M
+            times the gradients.
         num_trials: Number of trials in all, those of other processes and of earlier runs included.
         num_epochs: Number of epochs of each trial.
         study: An Optuna study that minimises; a path of a journal file, which is made if need be; None for one in
-            memory. Its sampler and its pruner decide; by default ``TPESampler``, and with ``max_replicas=1``
+            memory. Its sampler and its pruner decide; by default ``TPESampler``, and where trials run one by one
             ``MedianPruner``: of trials side by side the others would not be faster without the pruned ones.
-        max_replicas: Largest number of trials side by side; 1 also takes guides without replicas.
+        max_replicas: Largest number of replicas side by side, of one trial at least; 1 also takes guides without
+            replicas.
         site: Name of the observed site; None for the only one there is. A :class:`~pyro_sam.Validation` has its own.
         refit: Whether to train the chosen settings again, on training and validation data, for as many epochs as were
             best. A plate's size that ``build`` knows stays that of the training data.
@@ -118,12 +122,13 @@ def tune(
     if not isinstance(validation, Validation):
         validation = Validation(validation, site=site)
     job = Job(build, space, train, validation, num_epochs, seed)
+    most = max(1, max_replicas // validation.members)
     with _quiet():
-        job.check(max_replicas)
-        ledger = Ledger(_study(study, max_replicas, num_epochs, seed), space, num_trials, patience)
-        ledger.open(num_epochs)
+        job.check(most)
+        ledger = Ledger(_study(study, most, num_epochs, seed), space, num_trials, patience)
+        ledger.open({"num_epochs": num_epochs, "members": validation.members})
         with ledger.worker.alive():
-            mine = _Search(job, ledger, max_replicas).run(progress)
+            mine = _Search(job, ledger, most).run(progress)
         return _tuned(job, ledger, mine, refit)
 
 
@@ -133,11 +138,11 @@ class _Search:
     Args:
         job: What trials have in common.
         ledger: Where they come from.
-        max_replicas: Largest number of trials in a batch.
+        most: Largest number of trials in a batch.
     """
 
-    def __init__(self, job: Job, ledger: Ledger, max_replicas: int) -> None:
-        self._job, self._ledger, self._most = job, ledger, max_replicas
+    def __init__(self, job: Job, ledger: Ledger, most: int) -> None:
+        self._job, self._ledger, self._most = job, ledger, most
         self._best: tuple[int, Outcome] | None = None
         self._shown = 0
 
@@ -221,7 +226,7 @@ def _row(trial: Any) -> dict[str, Any]:
     }
 
 
-def _study(study: Any, max_replicas: int, num_epochs: int, seed: int) -> Any:
+def _study(study: Any, most: int, num_epochs: int, seed: int) -> Any:
     package = optuna()
     if isinstance(study, package.Study):
         return study
@@ -233,7 +238,7 @@ def _study(study: Any, max_replicas: int, num_epochs: int, seed: int) -> Any:
     settings = {
         # trials under way count as bad ones meanwhile, so that those of a batch differ
         "sampler": package.samplers.TPESampler(seed=None if study else seed, constant_liar=True),
-        "pruner": pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if max_replicas == 1 else pruners.NopPruner(),
+        "pruner": pruners.MedianPruner(n_warmup_steps=num_epochs // 3) if most == 1 else pruners.NopPruner(),
     }
     return package.create_study(**settings) if study is None else kept(os.fspath(study), **settings)
 

@@ -14,7 +14,7 @@ from pyro.infer import SVI
 
 from pyro_sam._base.buffers import kept_buffers
 from pyro_sam._base.random_state import RandomState, Streams
-from pyro_sam._base.replicas import replicas_of
+from pyro_sam._base.replicas import replicas_of, speaking
 from pyro_sam.training.advice import check_run
 from pyro_sam.training.estimator import elbo_of
 from pyro_sam.training.fitting import fit
@@ -74,7 +74,7 @@ class Job:
         build: The user's function from settings to an SVI.
         space: What is searched.
         train: Batches to train on.
-        validation: Data to choose by.
+        validation: Data to choose by, and the number of replicas of each trial.
         num_epochs: Number of epochs of a trial.
         seed: Seed of each batch of trials.
     """
@@ -125,7 +125,9 @@ class Job:
         If that fails they are taken in halves, so that none fails but those that do by themselves.
         """
         try:
-            outcomes = self.outcomes([trial.params for trial in trials], _Reports(trials, self._reported), on_epoch)
+            outcomes = self.outcomes(
+                [trial.params for trial in trials], _Reports(trials, self._reported, self._members), on_epoch
+            )
         except BuildError:
             raise
         except Exception as error:
@@ -148,9 +150,7 @@ class Job:
             history = fit(
                 svi, self.train, self.num_epochs, progress=False, callbacks=callbacks, validation=self.validation
             )
-            columns = by_replica(history["validation"])
-            if len(columns) != len(params):
-                raise BuildError(_NUMBER.format(len(params), len(columns)))
+            columns = by_replica(history["validation"])[:: self._members]
         pruned = reports.pruned if reports else [False] * len(params)
         return [
             _outcome(column, is_pruned, partial(self._trained, svi, r, store))
@@ -168,8 +168,8 @@ class Job:
         """Return a trial's guide with what it and its model use of the store."""
         with self._apart(store), torch.no_grad(), kept_buffers():
             args, kwargs = arguments(next(iter(self.train)))
-            guide = svi.guide if replicas_of(svi.guide) is None else svi.guide.replica(r)
-            with poutine.trace(param_only=True) as capture:
+            guide = self._guide(svi, r)
+            with poutine.trace(param_only=True) as capture, speaking(guide, 0):
                 latents = poutine.trace(guide).get_trace(*args, **kwargs)
                 poutine.replay(svi.model, trace=latents)(*args, **kwargs)
             kept: dict[str, Any] = {**pyro.get_param_store().get_state()}
@@ -178,11 +178,21 @@ class Job:
             svi.model, guide, {kind: {name: of[name] for name in names if name in of} for kind, of in kept.items()}
         )
 
+    def _guide(self, svi: SVI, r: int) -> Any:
+        if self._members > 1:
+            return svi.guide.replicas(r * self._members, (r + 1) * self._members)
+        return svi.guide if replicas_of(svi.guide) is None else svi.guide.replica(r)
+
+    @property
+    def _members(self) -> int:
+        return self.validation.members
+
     def _apart(self, store: Any = None) -> AbstractContextManager[Any]:
         own = [stream for data in (self.train, self.validation.data) for stream in Position(data).generators()]
         return _apart(self.seed, Streams(own=tuple(own)), store)
 
     def _built(self, params: Sequence[dict[str, Any]], read: set[str] | None = None) -> SVI:
+        params = [each for each in params for _ in range(self._members)]
         try:
             svi = self.build(Settings(params, self.space, read))
         except KeyError as error:
@@ -193,7 +203,7 @@ class Job:
             raise BuildError(f"build must return a pyro.infer.SVI, got {svi!r}.")
         number = replicas_of(svi.guide)
         if (1 if number is None else number) != len(params):
-            raise BuildError(_NUMBER.format(len(params), number))
+            raise BuildError(_NUMBER.format(len(params), "trials" if self._members == 1 else "members", number))
         settings = getattr(elbo_of(svi), "_settings", None)
         if settings is not None:
             try:
@@ -206,13 +216,13 @@ class Job:
 class _Reports:
     """Callback that reports each trial's NLL to its study, and ends a batch that is pruned to the last."""
 
-    def __init__(self, trials: Sequence[Any], reported: set[tuple[int, int]]) -> None:
-        self._trials, self._reported = trials, reported
+    def __init__(self, trials: Sequence[Any], reported: set[tuple[int, int]], members: int) -> None:
+        self._trials, self._reported, self._members = trials, reported, members
         self.pruned = [False] * len(trials)
 
     def __call__(self, training: Training) -> bool:
         """Report the last epoch."""
-        values = by_replica(training.history["validation"][-1:])
+        values = by_replica(training.history["validation"][-1:])[:: self._members]
         for r, (trial, (value,)) in enumerate(zip(self._trials, values, strict=True)):
             if self.pruned[r] or not math.isfinite(value):
                 continue
@@ -284,6 +294,6 @@ def _in_words(error: Exception) -> str:
 
 _NUMBER = (
     "build must return an SVI over a guide with a replica for each trial, MeanFieldNormal(model, "
-    "num_replicas=len(settings['...'])): there are {} trials, and the guide has num_replicas={}. Or pass "
-    "max_replicas=1."
+    "num_replicas=len(settings['...'])): there are {} {}, and the guide has num_replicas={}. Or pass "
+    "max_replicas=1, and no members."
 )
