@@ -53,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(gradients=0.2, trials=8, finalists=2, seeds=5, points=3, data=("digits-120",)),
+    "quick": Size(gradients=0.2, trials=8, finalists=3, seeds=5, points=3, data=("digits-120",)),
     "normal": Size(),
     "paper": Size(
         gradients=5.0,
