@@ -620,6 +620,45 @@ def test_finalists_are_judged_with_the_members_they_choose(tmp_path: Path, monke
     assert collections.Counter(judged) == {(1, 1, True): 8, (1, 1, False): 4, (4, 4, True): 4}
 
 
+def test_a_choice_that_is_killed_among_its_finalists_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problems.Source, "side_by_side", 3)
+    size, splits = (
+        dataclasses.replace(survey_worker.SIZE, trials=16, finalists=4),
+        Draws(survey_worker.SOURCE).tuning(2),
+    )
+    task, runs = Task(METHODS["choice"], survey_worker.SOURCE, 20), []
+    straight = choose(task, splits, size, tmp_path / "straight")
+
+    def dying(task: Task, settings: Any, among: Any, **options: Any) -> Any:
+        if options["num_samples"] == 64:
+            runs.append(len(settings))
+            keep = options["keep"]
+
+            def once(first: int, outcomes: Any) -> None:
+                keep(first, outcomes)
+                if len(runs) <= 2:
+                    raise KeyboardInterrupt
+
+            options["keep"] = once
+        return train(task, settings, among, **options)
+
+    monkeypatch.setattr(choosing, "train", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            choose(task, splits, size, tmp_path / "killed")
+    assert choose(task, splits, size, tmp_path / "killed") == straight
+    assert runs == [6, 3, 2]
+    attrs = [
+        optuna.load_study(study_name="tune", storage=journal(str(tmp_path / name))).user_attrs
+        for name in ("straight", "killed")
+    ]
+    for name in ("finalists of 1", "finalists of 4"):
+        assert attrs[0][name] == attrs[1][name]
+        assert len(attrs[0][name]["nll"]) == 2 * len(attrs[0][name]["settings"])
+
+
 def test_a_choice_of_two_finalists_keeps_a_single_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size, draws, judged = dataclasses.replace(survey_worker.SIZE, trials=8), Draws(survey_worker.SOURCE), []
     monkeypatch.setattr(choosing, "chosen", lambda finalists, *_: judged.extend(finalists) or 0)

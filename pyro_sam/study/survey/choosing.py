@@ -21,7 +21,7 @@ import pyro_sam as ps
 from pyro_sam.study.begun import key, search
 from pyro_sam.study.survey.problems import Problem
 from pyro_sam.study.survey.sizes import Size
-from pyro_sam.study.survey.training import Minibatches, Task, apart, train
+from pyro_sam.study.survey.training import Minibatches, Outcome, Task, apart, train
 
 _SOBOL = 32  # trials that are no choice of the sampler
 _BASES = 5  # settings at zero that the climbs go on from
@@ -36,7 +36,7 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         task: Method, data set and budget.
         problems: The tuning splits; trials run on the first.
         size: Number of trials and of finalists.
-        file: Optuna's journal, which a killed search goes on from and processes share.
+        file: Optuna's journal, which a killed search goes on from, among its finalists too, and processes share.
     Returns:
         Settings and NLL; of equal number of trials and finalists whatever the method.
     Raises:
@@ -44,20 +44,32 @@ def choose(task: Task, problems: Sequence[Problem], size: Size, file: Path) -> t
         OutputError: If the file is of a search with other arguments, or on other data.
     """
     with apart(0):
-        finalists = _search(task, problems[0], size, file)
+        study = _study(task, problems[0], size, file)
+        finalists = _search(task, problems[0], size, file, study)
     if not finalists:
         raise ValueError(f"no trial of {task.method.name} ended with a finite NLL.")
     alike = groupby(finalists, lambda each: each.get("members"))
-    found = torch.cat([_again(task, [*part], problems) for _, part in alike])
+    found = torch.cat([_again(task.of(part[0]), part, problems, study) for part in ([*each] for _, each in alike)])
     best = chosen(finalists, found.nan_to_num(math.inf, posinf=math.inf), task.method.zero)
     return finalists[best], float(found[best].mean())
 
 
-def _again(task: Task, finalists: Sequence[dict[str, float]], problems: Sequence[Problem]) -> Tensor:
-    """Return the validation NLL of settings of one number of members, shape ``(finalists, splits)``."""
-    pairs = [(settings, problem) for settings in finalists for problem in problems]
-    outcomes = train(task.of(finalists[0]), *zip(*pairs, strict=True), num_samples=64, seed=1)
-    return torch.tensor([outcome.metrics["nll"] for outcome in outcomes]).view(len(finalists), -1)
+def _again(task: Task, finalists: list[dict[str, float]], problems: Sequence[Problem], study: Any) -> Tensor:
+    """Return the validation NLL of settings of one number of members, shape ``(finalists, splits)``.
+
+    The study keeps what is done, and those that a kill left out are trained from the seeds that they would have had.
+    """
+    name = f"finalists of {task.method.members}"
+    kept = study.user_attrs.get(name, {})
+    nll: list[float] = kept["nll"] if kept.get("settings") == finalists else []
+
+    def keep(first: int, outcomes: Sequence[Outcome]) -> None:
+        nll.extend(outcome.metrics["nll"] for outcome in outcomes)
+        study.set_user_attr(name, {"settings": finalists, "nll": nll})
+
+    if left := [(settings, problem) for settings in finalists for problem in problems][len(nll) :]:
+        train(task, *zip(*left, strict=True), num_samples=64, seed=1 + len(nll), keep=keep)
+    return torch.tensor(nll).view(len(finalists), -1)
 
 
 def chosen(finalists: Sequence[Mapping[str, float]], nll: Tensor, zero: str | None) -> int:
@@ -83,11 +95,11 @@ def _is_plain(settings: Mapping[str, float], zero: str) -> bool:
     return settings[zero] == 0 and settings.get("members", 1) == 1
 
 
-def _search(task: Task, problem: Problem, size: Size, file: Path) -> list[dict[str, float]]:
+def _search(task: Task, problem: Problem, size: Size, file: Path, study: Any) -> list[dict[str, float]]:
     """Return the settings of the best trials; five of eight are at zero where the method has one, four if it mixes."""
     from optuna.samplers import PartialFixedSampler
 
-    study, space, zero = _study(task, problem, size, file), task.method.distributions(), task.method.zero
+    space, zero = task.method.distributions(), task.method.zero
     run = _ask if task.method.own or task.method.members > 1 else _tune
     at_zero = round(size.trials * _AT_ZERO) if zero else size.trials
     free, sampler = {name: space[name] for name in space if name != zero}, study.sampler
