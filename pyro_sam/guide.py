@@ -206,7 +206,7 @@ class MeanFieldNormal(AutoNormal):
             ValueError: If there are no such replicas, or the guide has no parameters yet.
         """
         self._check_replica(start)
-        self._check_replica(stop - 1)
+        self._check_replica(stop - 1 if isinstance(stop, int) else stop)
         if stop <= start:
             raise ValueError(f"stop must be larger than start, got start={start!r} and stop={stop!r}.")
         return self._copy(slice(start, stop), stop - start, f"{self._pyro_name}_{start}_to_{stop - 1}")

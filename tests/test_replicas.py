@@ -535,7 +535,7 @@ def test_several_replicas_are_a_guide_of_their_own_that_trains_and_predicts() ->
     torch.testing.assert_close(mixed.probs, (mixed.replica(0).probs + mixed.replica(1).probs) / 2)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 5), (-1, 2), (2, 2), (3, 1), (0.0, 2)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (-1, 2), (2, 2), (3, 1), (0.0, 2), (0, "2")])
 def test_replicas_that_are_not_there_are_refused(start: Any, stop: Any) -> None:
     model = MODELS["mlp"][0]()
     guide = ps.MeanFieldNormal(model, num_replicas=4)
